@@ -1,0 +1,40 @@
+"""The project's commands: ``python -m common <command>``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .errors import BadInput
+
+COMMANDS = {
+    "phantoms": ("common.data.phantom", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
+    "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
+    "plan": ("common.plan", "plan spacing, patch, network and intensities for a data set"),
+    "study": ("common.study", "run experiments of several stages and comparisons, and write their tables"),
+    "demo": ("common.demo", "train, evaluate and compare all three stages, and write a report with pictures"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m common", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        # Only the command that was asked for is imported, since torch and MONAI take seconds.
+        if arguments[:1] == [name]:
+            importlib.import_module(module.replace("common", __package__, 1)).add_arguments(subparser)
+    options = parser.parse_args(arguments)
+    module = importlib.import_module(COMMANDS[options.command][0].replace("common", __package__, 1))
+    try:
+        return int(module.main(options) or 0)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Processes that ``torchrun`` started, one a device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from ..errors import BadInput
+
+__all__ = ["distributed_device", "start_distributed", "stop_distributed"]
+
+
+def distributed_device() -> str:
+    """The device of this process: the GPU of its local rank, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def start_distributed() -> None:
+    """Join the process group: NCCL with GPUs, Gloo without.
+
+    Raises:
+        BadInput: when the process was not started by torchrun.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise BadInput(
+            "multi_gpu_train.json needs torchrun: torchrun --standalone --nproc_per_node=N -m monai.bundle run "
+            "--config_file \"['train.json','multi_gpu_train.json']\""
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed_device())
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,99 @@
+"""What a run does before its first step: settle the process, and find bad input while it costs nothing."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.utils import set_determinism
+
+from ..data.datalist import check_cases, check_labels, check_output, read_datalist
+from ..errors import BadInput, report_plainly
+from .allocator import keep_pages
+
+__all__ = ["preflight", "start"]
+
+logger = logging.getLogger(__name__)
+
+
+def start(seed: int | None, device: str | torch.device | None = None) -> None:
+    """Settle the process: plain error messages, random state, allocator, no noise in the log.
+
+    Args:
+        seed: base of all random states; None leaves them as they are.
+        device: the device of the run; the allocator is only tuned for a CPU.
+
+    Raises:
+        BadInput: ``device`` names a GPU where none can be used.
+    """
+    report_plainly()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*TF32.*|.*lr_scheduler.step.*|.*torch.jit.*")
+    if seed is not None:
+        set_determinism(int(seed))
+    kind = torch.device(device or "cpu").type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device: {device!r} was asked for, but torch sees no GPU; use --device cpu.")
+    if kind == "cpu":
+        keep_pages()
+
+
+def preflight(
+    training: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+    datalist: str,
+    labels: Mapping[str, str],
+    channels: int,
+    output_dir: str,
+    ckpt_dir: str,
+    unlabeled: Sequence[Mapping[str, Any]] = (),
+    targets: Sequence[Mapping[str, Any]] = (),
+    divisor: Sequence[int] | None = None,
+    patch_size: Sequence[int] | None = None,
+) -> None:
+    """Check the input of a training before it starts, and log what was found.
+
+    Args:
+        training: labelled entries.
+        validation: entries of the validation; may be empty.
+        datalist: where they come from; its ``labels`` must be those of the config. Not read when it does not exist, as
+            when MONAI Label gives the entries.
+        labels: names of the classes by id, background as ``"0"``.
+        channels: number of the image's channels.
+        output_dir: must be writable.
+        ckpt_dir: must be writable.
+        unlabeled: entries without labels.
+        targets: regression targets.
+        divisor: what every side of the patch must be divisible by.
+        patch_size: size of the crops in voxels.
+
+    Raises:
+        BadInput: with everything that was found.
+    """
+    for folder in (output_dir, ckpt_dir):
+        check_output(folder)
+    if not training:
+        raise BadInput("the section 'training' is empty; at least one labelled case is needed.")
+    if Path(datalist).is_file():
+        check_labels(read_datalist(datalist), labels)
+    if divisor is not None and patch_size is not None:
+        wrong = [size for size, by in zip(patch_size, divisor) if size % by]
+        if len(patch_size) != len(divisor) or wrong:
+            raise BadInput(
+                f"patch_size: {list(patch_size)} does not fit the network, whose strides need sides divisible by "
+                f"{list(divisor)}. Choose another patch_size, or other strides."
+            )
+    check_cases([*training, *unlabeled], labels, channels, targets, patch_size, validation)
+    logger.info(
+        "%d labelled, %d unlabelled, %d validation cases; classes: %s; results in %s, weights in %s",
+        *map(len, (training, unlabeled, validation)),
+        ", ".join(labels.values()),
+        Path(output_dir),
+        Path(ckpt_dir),
+    )
+

@@ -1,0 +1,72 @@
+"""Errors that a person can act on, and the one place where they are shown without a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+__all__ = ["BadInput", "find_bad_input", "report_plainly"]
+
+TRACEBACK_VARIABLE = "BUNDLES_TRACEBACK"
+# A data-loading worker sends its exception as text; this recovers the message from it.
+_IN_WORKER_TEXT = re.compile(r"^(?:\S+\.)?BadInput: (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.MULTILINE | re.DOTALL)
+
+
+class BadInput(ValueError):
+    """Something the user gave (a file, a key, a value) can't be used.
+
+    The message says which file or key, what was found, what was expected and what to do.
+    """
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def find_bad_input(error: BaseException) -> str | None:
+    """The message of the :class:`BadInput` behind ``error``, however often it was wrapped; None where there is none."""
+    for link in _chain(error):
+        if isinstance(link, BadInput):
+            return str(link)
+        found = _IN_WORKER_TEXT.findall(str(link))
+        if found:
+            return found[-1].strip()
+    return None
+
+
+def _explain(error: BaseException) -> str | None:
+    message = find_bad_input(error)
+    if message is not None:
+        return message
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno is not None:
+            return f"{link.strerror}: {link.filename}" if link.filename else str(link)
+    return None
+
+
+def report_plainly() -> None:
+    """Show :class:`BadInput` and operating-system errors of this process as one plain message, exit code 1.
+
+    MONAI wraps an error once for every config item it passes through, so the reason gets buried under tracebacks.
+    Set ``BUNDLES_TRACEBACK=1`` to see them all. Other exceptions keep their traceback: those are our mistakes.
+    """
+    if os.environ.get(TRACEBACK_VARIABLE) or threading.current_thread() is not threading.main_thread():
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        message = _explain(error)
+        if message is None:
+            sys.__excepthook__(kind, error, traceback)
+        else:
+            print(f"\nerror: {message}\n({TRACEBACK_VARIABLE}=1 shows where it was found)", file=sys.stderr)
+
+    sys.excepthook = hook

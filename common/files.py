@@ -1,0 +1,41 @@
+"""Writing files so that nothing is ever half written."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from .errors import BadInput
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
+    """Write a file in one step: a reader, a killed run or a full disk never leaves half of it.
+
+    Args:
+        path: the file; its folder is made where it is missing. What it held before stays until the new content is
+            safely on the disk.
+        content: text (written as UTF-8) or bytes.
+
+    Raises:
+        BadInput: the file can't be written.
+    """
+    path = Path(path)
+    # Hidden and without the file's suffix, so that nobody takes it for the file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(
+            f"{path}: can't be written ({error.strerror or error}); an older file is left as it was. Free some space, or "
+            "choose another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

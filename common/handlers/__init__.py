@@ -1,0 +1,27 @@
+"""Ignite handlers: checkpoints, lock-in, tracking, evaluation, and what a person sees."""
+
+from __future__ import annotations
+
+from .checkpoint import Checkpoint
+from .evaluation import CaseJsonWriter, EvaluationWriter
+from .lock_in import LockIn, LockInBroken
+from .pictures import StagePicture, save_curves, save_overview
+from .progress import Progress
+from .target_error import TargetError
+from .tracking import Tracking, read_lineage, weights_digest
+
+__all__ = [
+    "CaseJsonWriter",
+    "Checkpoint",
+    "EvaluationWriter",
+    "LockIn",
+    "LockInBroken",
+    "Progress",
+    "StagePicture",
+    "TargetError",
+    "Tracking",
+    "read_lineage",
+    "save_curves",
+    "save_overview",
+    "weights_digest",
+]

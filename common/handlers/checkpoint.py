@@ -1,0 +1,125 @@
+"""Checkpoints: the weights to use, and everything to resume from."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+import ignite.distributed as idist
+from torch import nn
+
+from ..errors import BadInput
+from ..files import write_atomically
+from ..networks import check_finite, save_weights
+
+__all__ = ["Checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """Writes ``checkpoint.pt`` after every epoch, and the weights to use once, when training completes.
+
+    The weights to use replace ``model.pt`` only at the very end, in one step, so a run that is killed or diverges leaves
+    the former ones in place. By default they are those of the last epoch, as in nnU-Net: weights chosen on the
+    validation cases make the numbers of those cases too good. With ``select="best"`` they are those of the best
+    validation; evaluate them on other cases.
+
+    Args:
+        trainer_state: objects with ``state_dict`` and ``load_state_dict`` by name: method, optimisers, schedulers.
+        network: the network whose weights are deployed.
+        output_dir: folder for ``checkpoint.pt`` and ``best.pt``.
+        model_path: where the weights to use go.
+        resume: continue from ``checkpoint.pt`` when it exists.
+        select: ``"last"`` or ``"best"``.
+        evaluator: its key metric decides with ``select="best"``.
+
+    Raises:
+        BadInput: weights that are not finite, a file that can't be written, a checkpoint of another run.
+    """
+
+    def __init__(
+        self,
+        trainer_state: Mapping[str, Any],
+        network: nn.Module,
+        output_dir: str,
+        model_path: str,
+        resume: bool = False,
+        select: str = "last",
+        evaluator: Engine | None = None,
+    ) -> None:
+        if select not in ("last", "best"):
+            raise BadInput(f"select: found {select!r}, expected 'last' or 'best'.")
+        if select == "best" and evaluator is None:
+            raise BadInput("select is 'best', so there must be a validation, but the evaluator is null.")
+        self.trainer_state = dict(trainer_state)
+        self.network = network
+        self.checkpoint_path = Path(output_dir) / "checkpoint.pt"
+        self.best_path = Path(output_dir) / "best.pt"
+        self.model_path = Path(model_path)
+        self.resume = resume
+        self.select = select
+        self.evaluator = evaluator
+        self.best: float | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer. Only the first process of a distributed run writes."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        if idist.get_rank() == 0:
+            if self.select == "best":
+                self.evaluator.add_event_handler(Events.COMPLETED, self._keep_best)
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+            engine.add_event_handler(Events.COMPLETED, self._deploy)
+
+    def _begin(self, engine: Engine) -> None:
+        if not self.resume or not self.checkpoint_path.exists():
+            if self.best_path.exists() and idist.get_rank() == 0:
+                self.best_path.unlink()
+            return
+        try:
+            saved = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            for name, item in self.trainer_state.items():
+                item.load_state_dict(saved["state"][name])
+        except Exception as error:
+            raise BadInput(
+                f"{self.checkpoint_path}: can't resume from it ({type(error).__name__}: {str(error)[:300]}). It may belong "
+                "to a run with another configuration; use another output_dir, or --resume false to start over."
+            ) from error
+        engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
+        engine.scaler.load_state_dict(saved["scaler"])
+        self.best = saved["best"]
+        logger.info("Resumed from %s after epoch %d", self.checkpoint_path, saved["epoch"])
+
+    def _save(self, engine: Engine) -> None:
+        check_finite(self.network.state_dict(), str(self.checkpoint_path))
+        content = {
+            "state": {name: item.state_dict() for name, item in self.trainer_state.items()},
+            "scaler": engine.scaler.state_dict(),
+            "epoch": engine.state.epoch,
+            "iteration": engine.state.iteration,
+            "best": self.best,
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(self.checkpoint_path, buffer.getbuffer())
+
+    def _keep_best(self, evaluator: Engine) -> None:
+        value = evaluator.state.metrics.get(evaluator.state.key_metric_name)
+        if value is None or value != value:
+            return
+        if self.best is None or evaluator.metric_cmp_fn(value, self.best):
+            self.best = float(value)
+            save_weights(self.network, self.best_path)
+
+    def _deploy(self, engine: Engine) -> None:
+        if self.select == "best" and self.best_path.exists():
+            state = torch.load(self.best_path, map_location="cpu", weights_only=True)["model"]
+            save_weights(state, self.model_path)
+        else:
+            save_weights(self.network, self.model_path)
+        logger.info("Weights to use: %s", self.model_path)

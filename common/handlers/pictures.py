@@ -1,0 +1,322 @@
+"""Pictures of a stage: what it segments and measures on a case, and how its losses and figures went.
+
+Figures are made without pyplot, so that they need no display and leave no state, and hold no date or version: the same
+input gives the same file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
+from monai.transforms import ResampleToMatch
+
+from ..data.datalist import case_name
+from ..errors import BadInput
+from ..transforms.output import voxel_spacing
+from .evaluation import _array, _case_file, _cases_of, _is_main, write_atomically
+
+__all__ = ["StagePicture", "save_curves", "save_overview"]
+
+PANEL_INCHES = (3.2, 3.4)
+DOTS_PER_INCH = 100
+MAX_CURVE_COLUMNS = 3
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    write_atomically(path, buffer.getvalue())
+
+
+def _choose_slice(arrays: Mapping[str, np.ndarray | None], spacing: Sequence[float]) -> tuple[int, int] | None:
+    """Axis and index of the slice to show: across the thickest voxels, where there is most to see; None in 2D."""
+    candidates = (arrays.get(key) for key in ("reference", "prediction", "target_prediction"))
+    foreground = next((array for array in candidates if array is not None and array.any()), arrays["image"])
+    if foreground.ndim == 2:
+        return None
+    axis = max(range(3), key=lambda index: (spacing[index], index))
+    counts = (foreground != 0).sum(axis=tuple(other for other in range(3) if other != axis))
+    if foreground is arrays["image"]:
+        return axis, len(counts) // 2
+    # Of several equally full slices the middle one.
+    fullest = np.flatnonzero(counts == counts.max())
+    return axis, int(fullest[len(fullest) // 2])
+
+
+def _in_plane(
+    arrays: Mapping[str, np.ndarray | None], spacing: Sequence[float]
+) -> tuple[dict[str, np.ndarray | None], list[float]]:
+    """Take the slice to show of every array; arrays of two dimensions stay as they are."""
+    shapes = {key: array.shape for key, array in arrays.items() if array is not None}
+    if len(set(shapes.values())) > 1:
+        raise BadInput(f"a picture needs all arrays on one grid, found shapes {shapes}.")
+    dimensions = len(shapes["image"])
+    if dimensions not in (2, 3) or len(spacing) != dimensions:
+        raise BadInput(f"a picture needs 2D or 3D arrays and a spacing an axis, found {shapes} and {list(spacing)}.")
+    choice = _choose_slice(arrays, spacing)
+    if choice is None:
+        return dict(arrays), list(spacing)
+    axis, index = choice
+    planes = {key: None if array is None else np.take(array, index, axis=axis) for key, array in arrays.items()}
+    return planes, [size for other, size in enumerate(spacing) if other != axis]
+
+
+def _show(axes: Axes, plane: np.ndarray, spacing: Sequence[float], **options: Any) -> Any:
+    return axes.imshow(plane.T, origin="lower", aspect=spacing[1] / spacing[0], interpolation="nearest", **options)
+
+
+def _draw_contours(axes: Axes, labels: np.ndarray) -> None:
+    colors = colormaps["tab10"].colors
+    for label in np.unique(labels):
+        mask = labels == label
+        # A border voxel of zeros closes contours that the picture's edge would cut.
+        if label != 0:
+            closed = np.pad(mask, 1).T.astype(float)
+            x, y = np.arange(-1, mask.shape[0] + 1), np.arange(-1, mask.shape[1] + 1)
+            axes.contour(x, y, closed, levels=[0.5], colors=[colors[(int(label) - 1) % len(colors)]], linewidths=1.2)
+
+
+def save_overview(
+    path: str | os.PathLike[str],
+    image: np.ndarray,
+    prediction: np.ndarray | None = None,
+    reference: np.ndarray | None = None,
+    target_prediction: np.ndarray | None = None,
+    target_reference: np.ndarray | None = None,
+    unit: str = "mm",
+    missing: float | None = 0,
+    spacing: Sequence[float] | None = None,
+    title: str = "",
+) -> None:
+    """Save one slice of a case, side by side: image, reference contours, predicted contours, target map, its error.
+
+    In 3D it is the slice across the axis of the thickest voxels that holds most foreground. Voxels are drawn with their
+    physical proportions. Columns without data are left out; a column is 320 x 340 pixels.
+
+    Args:
+        path: the PNG file.
+        image: one channel, shape (*spatial), 2D or 3D.
+        prediction: label ids, same shape.
+        reference: label ids, same shape.
+        target_prediction: map of a dense target, same shape.
+        target_reference: its reference, same shape; NaN means no value.
+        unit: the target's unit, beside the colour bars.
+        missing: another value of ``target_reference`` that means no value; None for none.
+        spacing: size of a voxel in mm an axis; 1 where None.
+        title: a line above the columns.
+
+    Raises:
+        BadInput: the shapes differ, or the file can't be written.
+    """
+    arrays = {
+        "image": image,
+        "reference": reference,
+        "prediction": prediction,
+        "target_prediction": target_prediction,
+        "target_reference": target_reference,
+    }
+    arrays = {key: None if array is None else np.asarray(array) for key, array in arrays.items()}
+    planes, spacing = _in_plane(arrays, [1.0] * np.ndim(image) if spacing is None else spacing)
+
+    columns = ["image", *[key for key in ("reference", "prediction") if planes[key] is not None]]
+    known = None
+    if planes["target_prediction"] is not None:
+        columns.append("map")
+        if planes["target_reference"] is not None:
+            columns.append("error")
+            known = np.isfinite(planes["target_reference"]) & (planes["target_reference"] != missing)
+
+    figure = Figure(figsize=(PANEL_INCHES[0] * len(columns), PANEL_INCHES[1]), dpi=DOTS_PER_INCH, layout="constrained")
+    finite = planes["image"][np.isfinite(planes["image"])]
+    low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 1.0)
+    gray = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
+    for index, column in enumerate(columns):
+        axes = figure.add_subplot(1, len(columns), index + 1)
+        axes.set_axis_off()
+        axes.set_title(column if column != "map" else "predicted map", fontsize=9)
+        _show(axes, planes["image"], spacing, **gray)
+        if column in ("reference", "prediction"):
+            _draw_contours(axes, planes[column])
+        elif column in ("map", "error"):
+            values = np.asarray(planes["target_prediction"], dtype=float)
+            if column == "map":
+                values = np.ma.masked_where(~np.isfinite(values) | (values == 0), values)
+                scale = _largest(values if known is None else np.where(known, planes["target_reference"], 0))
+                options = {"cmap": "viridis", "vmin": 0.0, "vmax": scale}
+            else:
+                values = np.ma.masked_where(~known, values - np.where(known, planes["target_reference"], 0))
+                scale = _largest(values)
+                options = {"cmap": "coolwarm", "vmin": -scale, "vmax": scale}
+            drawn = _show(axes, values, spacing, **options)
+            figure.colorbar(drawn, ax=axes, shrink=0.8, label=unit)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _largest(values: np.ndarray) -> float:
+    """End of a colour scale: the largest absolute value, 1 where there is none."""
+    known = np.ma.masked_invalid(values).compressed()
+    largest = float(np.abs(known).max()) if known.size else 0.0
+    return largest or 1.0
+
+
+def save_curves(path: str | os.PathLike[str], history: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Save how figures went, a panel each.
+
+    Args:
+        path: the PNG file.
+        history: name of a figure to its (step, value) pairs in the order of the steps; a value that is not finite
+            leaves a gap.
+
+    Raises:
+        BadInput: the file can't be written.
+    """
+    series = {name: points for name, points in history.items() if len(points)}
+    columns = min(max(len(series), 1), MAX_CURVE_COLUMNS)
+    rows = max(math.ceil(len(series) / columns), 1)
+    figure = Figure(figsize=(4.0 * columns, 3.0 * rows), dpi=DOTS_PER_INCH, layout="constrained")
+    if not series:
+        figure.text(0.5, 0.5, "nothing recorded yet", ha="center", va="center")
+    for index, (name, points) in enumerate(series.items()):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        steps, values = (
+            np.asarray([step for step, _ in points]),
+            np.asarray([value for _, value in points], dtype=float),
+        )
+        axes.plot(steps, np.where(np.isfinite(values), values, np.nan), marker="." if len(points) < 50 else "")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+class StagePicture:
+    """Save pictures of an evaluator's first cases and, where references exist, of the one with the median Dice.
+
+    A handler for evaluators whose batch and output are decollated lists of dicts; it reads the keys that
+    :class:`EvaluationWriter` reads, with the maps of dense targets as ``<target>_pred`` and ``reference_<target>``, and
+    ``image`` in the network's grid or the file's own: it is brought to the prediction's grid. Only the slices to
+    show are kept. Files: ``<case>_overview.png`` and ``median_overview.png``, with dense targets
+    ``<case>_overview_<target>.png``. They are written at the end of each epoch of the evaluator.
+
+    Args:
+        output_dir: folder of the pictures.
+        targets: the targets' descriptions; each dense one has its own picture.
+        cases: how many of the first cases to show.
+        median: whether to show the case with the median of the mean Dice too.
+        image_key: the image.
+        prediction_key: the predicted label map (1, *spatial); absent for a network that only regresses.
+        reference_key: the reference label map, on the same grid; may be absent.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        targets: Sequence[Mapping[str, Any]] = (),
+        cases: int = 1,
+        median: bool = False,
+        image_key: str = "image",
+        prediction_key: str = "segmentation",
+        reference_key: str = "reference",
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.targets = [target for target in targets if target["kind"] == "dense"]
+        self.cases = cases
+        self.median = median
+        self.image_key = image_key
+        self.prediction_key = prediction_key
+        self.reference_key = reference_key
+        self._kept: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Register at the evaluator ``engine``."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)
+
+    def start(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run."""
+        self._kept = []
+
+    def add(self, engine: Engine) -> None:
+        """Keep the slices of one iteration's cases."""
+        if not _is_main():
+            return
+        for case in _cases_of(engine):
+            if self.median or len(self._kept) < self.cases:
+                self._kept.append(self._keep(case))
+
+    def _keep(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        labels = {
+            key: _array(case[source]) if case.get(source) is not None else None
+            for key, source in (("prediction", self.prediction_key), ("reference", self.reference_key))
+        }
+        grid = next(
+            case[key]
+            for key in (self.prediction_key, *[f"{target['name']}_pred" for target in self.targets], self.image_key)
+            if case.get(key) is not None
+        )
+        image = _array(self._image_on(grid, case[self.image_key]))
+        pictures: dict[str, dict[str, Any]] = {}
+        for target in self.targets or [None]:
+            name = target["name"] if target else None
+            maps = {
+                "target_prediction": case.get(f"{name}_pred") if target else None,
+                "target_reference": case.get(f"reference_{name}") if target else None,
+            }
+            arrays = {"image": image, **labels}
+            arrays.update({key: None if tensor is None else _array(tensor) for key, tensor in maps.items()})
+            planes, spacing = _in_plane(arrays, voxel_spacing(grid))
+            # Copies, or each slice would keep its whole volume in memory.
+            copies = {key: None if plane is None else plane.copy() for key, plane in planes.items()}
+            options = {"unit": target.get("unit", ""), "missing": target.get("missing", 0)} if target else {}
+            pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
+        return {"case": case_name(_case_file(case)), "dice": self._mean_dice(**labels), "pictures": pictures}
+
+    @staticmethod
+    def _image_on(grid: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        same_place = not (isinstance(image, MetaTensor) and isinstance(grid, MetaTensor)) or torch.allclose(
+            torch.as_tensor(image.affine).double(), torch.as_tensor(grid.affine).double(), atol=1e-3
+        )
+        if image.shape[1:] == grid.shape[1:] and same_place:
+            return image
+        return ResampleToMatch(mode="bilinear")(image[:1].detach().cpu(), img_dst=grid.detach().cpu())
+
+    @staticmethod
+    def _mean_dice(prediction: np.ndarray | None, reference: np.ndarray | None) -> float:
+        if prediction is None or reference is None:
+            return float("nan")
+        labels = [label for label in np.union1d(np.unique(prediction), np.unique(reference)) if label != 0]
+        scores = [
+            2
+            * np.sum((prediction == label) & (reference == label))
+            / (np.sum(prediction == label) + np.sum(reference == label))
+            for label in labels
+        ]
+        return float(np.mean(scores)) if scores else float("nan")
+
+    def _save_case(self, kept: Mapping[str, Any], prefix: str) -> None:
+        dice = "" if math.isnan(kept["dice"]) else f", Dice {kept['dice']:.3f}"
+        for name, picture in kept["pictures"].items():
+            save_overview(self.output_dir / f"{prefix}_{name}.png", **picture, title=f"{kept['case']}{dice}")
+
+    def write(self, engine: Engine) -> None:
+        """Save the pictures."""
+        for kept in self._kept[: self.cases]:
+            self._save_case(kept, kept["case"])
+        scored = sorted((kept for kept in self._kept if not math.isnan(kept["dice"])), key=lambda kept: kept["dice"])
+        if self.median and scored:
+            self._save_case(scored[(len(scored) - 1) // 2], "median")

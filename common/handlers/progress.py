@@ -1,0 +1,79 @@
+"""What a person sees while a network trains: a bar with the time left, a line an epoch, curves at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from tqdm import tqdm
+
+from .pictures import save_curves
+
+__all__ = ["Progress"]
+
+logger = logging.getLogger(__name__)
+_SHOWN = ("train/loss", "train/kept/all", "val_")
+
+
+class Progress:
+    """A progress bar over all epochs, a log line an epoch, and ``curves.png`` when training completes.
+
+    Args:
+        output_dir: folder for the curves.
+        evaluator: its metrics are shown in the epoch's line and drawn, too.
+    """
+
+    def __init__(self, output_dir: str, evaluator: Engine | None = None) -> None:
+        self.output_dir = Path(output_dir)
+        self.evaluator = evaluator
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the trainer. Only the first process of a distributed run shows anything."""
+        if idist.get_rank() != 0:
+            return
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_on_error)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, lambda evaluator: self._add(evaluator, engine.state.epoch))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
+        engine.add_event_handler(Events.COMPLETED, self._finish)
+
+    def _open(self, engine: Engine) -> None:
+        # Ignite's bar knows the time left of an epoch; a person asks for that of the run.
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", disable=None)
+
+    def _advance(self, engine: Engine) -> None:
+        self.bar.set_postfix(loss=f"{engine.state.output['loss']:.4g}", refresh=False)
+        self.bar.update()
+
+    def _close_on_error(self, engine: Engine, error: BaseException) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _add(self, engine: Engine, epoch: int) -> None:
+        for name, value in engine.state.metrics.items():
+            if isinstance(value, int | float) and value == value:
+                self.history[name].append((epoch, float(value)))
+
+    def _epoch(self, engine: Engine) -> None:
+        self._add(engine, engine.state.epoch)
+        epoch = engine.state.epoch
+        shown = [
+            f"{name.removeprefix('train/')} {points[-1][1]:.4g}"
+            for name, points in self.history.items()
+            if name.startswith(_SHOWN) and points[-1][0] == epoch
+        ]
+        logger.info("Epoch %d/%d: %s", epoch, engine.state.max_epochs, ", ".join(shown))
+
+    def _finish(self, engine: Engine) -> None:
+        self.bar.close()
+        if self.history:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_curves(self.output_dir / "curves.png", dict(self.history))

@@ -1,0 +1,90 @@
+"""The supervised segmentation loss of nnU-Net v2: Dice and cross-entropy under deep supervision.
+
+Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation", Nature
+Methods 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from ..errors import BadInput
+
+__all__ = ["SegmentationLoss", "deep_supervision_weights"]
+
+
+def deep_supervision_weights(levels: int) -> list[float]:
+    """nnU-Net's weights of the outputs, highest resolution first: 1/2^i, the lowest 0, normalised to a sum of 1.
+
+    Args:
+        levels: the number of outputs; a single one has weight 1.
+
+    Raises:
+        BadInput: when ``levels`` is less than 1.
+    """
+    if levels < 1:
+        raise BadInput(f"levels={levels!r}: deep supervision needs at least one output.")
+    weights = [0.5**level for level in range(levels)]
+    if levels > 1:
+        weights[-1] = 0.0
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+class SegmentationLoss(nn.Module):
+    """Dice + cross-entropy of one or several outputs, weighted by :func:`deep_supervision_weights`.
+
+    The label is brought to each output's size by nearest neighbour. Computed in float32, whatever autocast does: sums
+    over a volume do not fit a half-precision number. The Dice enters as ``1 - Dice``, nnU-Net's as ``-Dice``: the
+    values differ by 1, the gradients are the same.
+
+    Args:
+        batch_dice: sum the Dice's overlaps over the batch before the division (nnU-Net's choice for patches), rather
+            than a Dice a sample, in which a class that a patch lacks costs a whole point.
+        include_background: let class 0 count in the Dice; it always does in the cross-entropy.
+    """
+
+    def __init__(self, batch_dice: bool = True, include_background: bool = False) -> None:
+        super().__init__()
+        self.dice_and_cross_entropy = DiceCELoss(
+            include_background=include_background,
+            to_onehot_y=True,
+            softmax=True,
+            batch=batch_dice,
+            smooth_nr=1e-5,
+            smooth_dr=1e-5,
+        )
+
+    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            logits: (B, K, *spatial), or a list of them from high to low resolution.
+            label: (B, 1, *spatial), class ids 0 to K - 1, at the first output's size.
+
+        Raises:
+            BadInput: when there is no output, fewer than two classes, or label and first output differ in size.
+        """
+        outputs = [logits] if isinstance(logits, Tensor) else list(logits)
+        weights = deep_supervision_weights(len(outputs))
+        first = outputs[0]
+        if first.shape[1] < 2:
+            raise BadInput(f"The network gives {first.shape[1]} class; expected at least 2, background included.")
+        if label.shape != (first.shape[0], 1, *first.shape[2:]):
+            raise BadInput(
+                f"The label has shape {tuple(label.shape)}, the network's output {tuple(first.shape)}; "
+                f"expected the label as {(first.shape[0], 1, *first.shape[2:])}. Crop or pad image and label alike."
+            )
+        # As a float, because PyTorch has no nearest interpolation of integers; ids stay exact.
+        target = convert_to_tensor(label, track_meta=False).float()
+        # One wrapper a number of outputs: MONAI falls back on its own weights, silently, when given too few.
+        loss = DeepSupervisionLoss(self.dice_and_cross_entropy, weights=weights)
+        with torch.autocast(device_type=first.device.type, enabled=False):
+            # The lowest output's weight of 0 keeps it in the graph, so that distributed training finds a gradient for
+            # it.
+            return loss([convert_to_tensor(output, track_meta=False).float() for output in outputs], target)

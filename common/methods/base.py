@@ -1,0 +1,90 @@
+"""What the engine asks of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Method"]
+
+
+class Method(nn.Module):
+    """A training method: the networks it holds, what it asks of a batch, its losses and its update rule.
+
+    A method is a module, so that moving to a device, checkpoints and DistributedDataParallel need nothing special:
+    whatever it must remember when a run is resumed is a submodule, a parameter or a buffer.
+
+    Subclasses write :meth:`forward`, and :meth:`after_step` where weights move by other means than an optimiser
+    (moving averages). Modules named in :attr:`frozen` never train: no gradients, always in eval mode.
+    """
+
+    #: names of submodules that are never trained
+    frozen: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self.total_steps = 1
+
+    def progress(self, step: int, total_steps: int) -> None:
+        """Called by the engine before every step.
+
+        Args:
+            step: number of steps done, counted over the whole run.
+            total_steps: number of steps of the whole run.
+        """
+        self.step, self.total_steps = step, max(total_steps, 1)
+
+    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+        """The losses of one batch.
+
+        Args:
+            batch: batches by stream: ``labeled`` and, where the method learns from them, ``unlabeled`` and ``case``.
+            optimizer: which optimiser will take the step, for methods that have several.
+
+        Returns:
+            ``loss``, the scalar to minimise, and every other number worth logging: each term unweighted, the fraction
+            of voxels kept as ``kept/<class>``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what its losses are.")
+
+    def after_step(self) -> None:
+        """Called by the engine after every step."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters for the optimiser: those that want gradients."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _frozen_modules(self) -> Iterator[nn.Module]:
+        for name in self.frozen:
+            module = getattr(self, name)
+            if module is not None:
+                yield module
+
+    def train(self, mode: bool = True) -> Method:
+        """Switch to training or evaluation mode; frozen networks stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def freeze(self) -> None:
+        """Take gradients away from the networks named in :attr:`frozen`."""
+        for module in self._frozen_modules():
+            module.requires_grad_(False).eval()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All weights but the frozen ones, which never change and are read again from their own file."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for name in [n for n in state if n.startswith(tuple(f"{prefix}{frozen}." for frozen in self.frozen))]:
+            del state[name]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Read back what :meth:`state_dict` gave; frozen networks keep their weights."""
+        own = {**super().state_dict(), **state_dict} if self.frozen else state_dict
+        return super().load_state_dict(own, strict=strict, assign=assign)
+

@@ -1,0 +1,146 @@
+"""Stage 3: a regression decoder beside a segmentation decoder that stays as it is.
+
+The loss is ``segmentation_weight * L_seg + regression_weight * L_reg``. Under knowledge lock-in (see
+:class:`~common.handlers.LockIn`) the encoder and the segmentation decoder have no gradients and ``segmentation_weight``
+is 0; without it the two weights are fixed, or learnt from the homoscedastic uncertainty of each task (Kendall, Gal &
+Cipolla, CVPR 2018).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.inferers import sliding_window_inference
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import BadInput
+from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, UncertaintyWeighting, target_mask
+from ..networks import reduce_to_case
+from .base import Method
+
+__all__ = ["DualDecoder"]
+
+
+class DualDecoder(Method):
+    """Regression of dense and case-level targets above a segmentation network.
+
+    Args:
+        network: a :class:`~common.networks.DualDecoderNetwork`, or a :class:`~common.networks.RegressionNetwork` (the
+            stand-alone comparison).
+        targets: what the regression channels mean, in their order; see the data contract in ``docs/data.md``.
+        num_classes: segmentation channels in front of the regression channels of the network's output.
+        patch_size: window in which whole volumes are read for case-level targets.
+        regression_loss: compares dense targets inside their structure, in units of the target's ``scale``.
+        segmentation_loss: for the part of the segmentation decoder, when ``segmentation_weight`` is not 0.
+        segmentation_weight: 0 under lock-in.
+        regression_weight: weight of the regression.
+        learn_weights: learn the two weights instead.
+        reference: the student, frozen, when the encoder may move: its features are the ones to stay near.
+        alignment: how features are compared with those of ``reference``.
+        alignment_weight: weight of that comparison.
+
+    Raises:
+        BadInput: when no target is given, or ``reference`` without ``alignment``.
+    """
+
+    frozen = ("reference",)
+
+    def __init__(
+        self,
+        network: nn.Module,
+        targets: Sequence[Mapping[str, Any]],
+        num_classes: int,
+        patch_size: Sequence[int],
+        regression_loss: MaskedRegression | None = None,
+        segmentation_loss: SegmentationLoss | None = None,
+        segmentation_weight: float = 0.0,
+        regression_weight: float = 1.0,
+        learn_weights: bool = False,
+        reference: nn.Module | None = None,
+        alignment: FeatureAlignment | None = None,
+        alignment_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not targets:
+            raise BadInput("targets: the list is empty; the dual decoder needs at least one quantity to regress.")
+        if reference is not None and alignment is None:
+            raise BadInput("reference is given, so alignment must say how features are compared with it.")
+        self.network = network
+        self.targets = [dict(target) for target in targets]
+        self.num_classes = num_classes
+        self.patch_size = tuple(patch_size)
+        self.regression_loss = regression_loss or MaskedRegression()
+        self.segmentation_loss = segmentation_loss or SegmentationLoss()
+        self.segmentation_weight = segmentation_weight
+        self.regression_weight = regression_weight
+        self.weighting = UncertaintyWeighting(["segmentation", "regression"]) if learn_weights else None
+        self.reference = reference
+        self.alignment = alignment
+        self.alignment_weight = alignment_weight
+        self.freeze()
+
+    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+        labeled = batch["labeled"]
+        features, logits, regression = self.network.forward_all(labeled["image"])
+        terms: dict[str, Tensor] = {}
+        regressions = []
+        for index, target in enumerate(self.targets):
+            if target.get("kind", "dense") == "dense":
+                loss = self._dense(index, target, regression, labeled)
+            else:
+                loss = self._case(index, target, batch)
+            terms[f"regression/{target['name']}"] = loss
+            regressions.append(loss)
+        terms["regression"] = torch.stack(regressions).mean()
+        loss = self.regression_weight * terms["regression"]
+        if self.weighting is not None or self.segmentation_weight > 0:
+            terms["segmentation"] = self.segmentation_loss(logits, labeled["label"])
+            if self.weighting is not None:
+                loss = self.weighting({name: terms[name] for name in ("segmentation", "regression")})
+            else:
+                loss = loss + self.segmentation_weight * terms["segmentation"]
+        if self.reference is not None and self.alignment is not None:
+            with torch.no_grad():
+                reference_features = self.reference.encoder(labeled["image"])
+            terms["alignment"] = self.alignment(features, reference_features)
+            loss = loss + self.alignment_weight * terms["alignment"]
+        return {"loss": loss, **terms}
+
+    def _dense(
+        self, index: int, target: Mapping[str, Any], regression: Tensor, labeled: Mapping[str, Tensor]
+    ) -> Tensor:
+        truth = labeled[target["name"]]
+        scale = float(target.get("scale", 1.0))
+        mask = target_mask(truth, target.get("missing", 0), labeled["label"], target.get("structure"))
+        log_variance = None
+        if regression.shape[1] > len(self.targets):
+            log_variance = regression[:, len(self.targets) + index].unsqueeze(1) - 2 * math.log(scale)
+        return self.regression_loss(regression[:, index : index + 1] / scale, truth / scale, mask, log_variance)
+
+    def _case(self, index: int, target: Mapping[str, Any], batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """The error of a case-level number, from whole volumes read window by window as inference reads them.
+
+        Activations of one window at a time are kept (the rest is recomputed in the backward pass), so memory does not
+        grow with the volume.
+        """
+        case = batch["case"]
+        truth = case[target["name"]].float().reshape(-1)
+
+        def predict(window: Tensor) -> Tensor:
+            return checkpoint(self.network, window, use_reentrant=False)
+
+        output = sliding_window_inference(case["image"], self.patch_size, 1, predict, overlap=0.0)
+        structure = None
+        if target["kind"] == "mean":
+            probabilities = output[:, : self.num_classes].detach().softmax(1)
+            ids = target["structure"]
+            structure = probabilities[:, [ids] if isinstance(ids, int) else list(ids)].sum(1, keepdim=True)
+        channel = self.num_classes + index
+        prediction = reduce_to_case(output[:, channel : channel + 1], target["kind"], structure)
+        scale = float(target.get("scale", 1.0))
+        mask = torch.isfinite(truth)
+        return self.regression_loss(prediction / scale, truth / scale, mask)

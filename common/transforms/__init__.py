@@ -1,0 +1,27 @@
+"""From files to what a network takes, and from its output to results."""
+
+from __future__ import annotations
+
+from .augmentation import crop, crop_indices, supervised_augmentation, weak_and_strong
+from .loading import LoadCased
+from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
+from .postprocessing import load_references, monitor_postprocessing, postprocessing
+from .preprocessing import Spacingd, chain, preprocessing
+
+__all__ = [
+    "CaseSummaryd",
+    "GeometricThicknessd",
+    "LoadCased",
+    "MaskTargetd",
+    "Spacingd",
+    "SplitOutputd",
+    "chain",
+    "crop",
+    "crop_indices",
+    "load_references",
+    "monitor_postprocessing",
+    "postprocessing",
+    "preprocessing",
+    "supervised_augmentation",
+    "weak_and_strong",
+]

@@ -1,0 +1,187 @@
+"""Load a case's files and check them, so that what is wrong with a file is said with its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.data.utils import to_affine_nd
+from monai.transforms import LoadImage, MapTransform
+
+from ..data.datalist import Grid, case_name, describe_error, dicom_files, grid_difference, is_nifti, read_grid
+from ..errors import BadInput
+
+__all__ = ["LoadCased"]
+
+_ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
+
+
+class LoadCased(MapTransform):
+    """Load an entry's image, label and regression targets as channel-first tensors, and check them.
+
+    The key ``image`` becomes a float32 ``MetaTensor`` (C, *spatial); ``label`` an integer one (1, *spatial); a dense
+    target a float32 one (1, *spatial); a case-level target a float32 scalar tensor, NaN where the entry has none. A
+    dense target that a labelled entry lacks is a map of its ``missing`` value. Other keys are left as they are. NIfTI
+    is read by nibabel, all else (NRRD, MHA, a folder with a DICOM series) by ITK; several files for one image are its
+    channels.
+
+    Args:
+        keys: what to load: ``image``, ``label``, names of targets.
+        labels: label ids and names; ids in a file must be among them. None allows any.
+        channels: channels that the image must have. None allows any.
+        targets: descriptions of the regression targets.
+        allow_missing_keys: whether an entry may lack any key but ``image``, as unlabelled ones do.
+
+    Raises:
+        BadInput: a file can't be read, holds NaN or infinite voxels, has the wrong number of channels, label ids that
+            are not in ``labels``, or lies on another grid than the image.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str] = ("image", "label"),
+        labels: Mapping[str, str] | None = None,
+        channels: int | None = None,
+        targets: Sequence[Mapping[str, Any]] = (),
+        allow_missing_keys: bool = True,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        described = {target["name"]: target for target in targets}
+        unknown = [key for key in self.keys if key not in ("image", "label") and key not in described]
+        if unknown:
+            raise BadInput(f"keys {unknown} are neither `image`, `label` nor among the targets {list(described)}")
+        self.labels = None if labels is None else {int(key): name for key, name in labels.items()}
+        self.channels = channels
+        self.targets = {key: described[key] for key in self.keys if key in described}
+        # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
+        self.load = LoadImage(image_only=True, ensure_channel_first=True, simple_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Load what ``data`` names; see the class."""
+        case = dict(data)
+        if case.get("image") is None:
+            raise BadInput(f"a case has no `image`; found the keys {sorted(map(str, case))}")
+        image_path = case["image"]
+        if "image" in self.keys:
+            case["image"] = self._image(image_path)
+            grid = _grid(case["image"])
+        else:
+            grid = read_grid(image_path)
+        if "label" in self.keys and self._present(case, "label", image_path):
+            case["label"] = self._map("label", case["label"], grid, image_path, self._label)
+        for name, target in self.targets.items():
+            case[name] = self._target(target, case, grid, image_path)
+            if case[name] is None:
+                del case[name]
+        return case
+
+    def _present(self, case: Mapping[Hashable, Any], key: str, image_path: Any) -> bool:
+        if case.get(key) is not None:
+            return True
+        if not self.allow_missing_keys:
+            raise BadInput(f"case {case_name(image_path)} has no `{key}`; found the keys {sorted(map(str, case))}")
+        return False
+
+    def _read(self, path: Any) -> MetaTensor:
+        first = path if isinstance(path, (str, os.PathLike)) else path[0]
+        if not os.path.exists(first):
+            raise BadInput(f"{first} does not exist")
+        if os.path.isdir(first):
+            dicom_files(first)
+        reader = NibabelReader() if is_nifti(first) else ITKReader()
+        try:
+            return _own_rank(self.load(path, reader=reader))
+        except Exception as error:
+            raise BadInput(
+                f"{first} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
+            ) from error
+
+    def _image(self, path: Any) -> MetaTensor:
+        image = self._read(path).to(torch.float32)
+        broken = int((~torch.isfinite(image)).sum())
+        if broken:
+            raise BadInput(
+                f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file"
+            )
+        if self.channels is not None and image.shape[0] != self.channels:
+            raise BadInput(f"image {_path(path)} has {image.shape[0]} channel(s); the network takes {self.channels}")
+        return image
+
+    def _map(self, key: str, path: Any, grid: Grid, image_path: Any, convert: Any) -> MetaTensor:
+        value = self._read(path)
+        if value.shape[0] != 1:
+            raise BadInput(f"{key} {_path(path)} has {value.shape[0]} channels; expected one map")
+        difference = grid_difference(grid, _grid(value))
+        if difference:
+            raise BadInput(f"image {_path(image_path)} and {key} {_path(path)} are not on one grid: {difference}")
+        value = convert(value, path)
+        # The last digits of two headers differ; resampled by their own, the two would drift apart.
+        value.affine = torch.as_tensor(to_affine_nd(value.ndim - 1, grid.affine), dtype=torch.float64)
+        return value
+
+    def _label(self, value: MetaTensor, path: Any) -> MetaTensor:
+        array = value.as_tensor().numpy()
+        rounded = np.round(array)
+        if not np.isfinite(array).all() or np.abs(array - rounded).max(initial=0) > _ROUNDING:
+            raise BadInput(f"label {_path(path)} holds values that are not whole numbers; expected label ids")
+        low, high = int(rounded.min(initial=0)), int(rounded.max(initial=0))
+        if low < 0 or high > np.iinfo(np.int16).max:
+            raise BadInput(f"label {_path(path)} holds ids from {low} to {high}; expected 0 to K - 1")
+        small = max(high, *(self.labels or [0])) <= np.iinfo(np.uint8).max
+        # Counting is many times faster than sorting, which np.unique would do.
+        found = np.flatnonzero(np.bincount(rounded.astype(np.int16).ravel())).tolist()
+        unknown = [identity for identity in found if self.labels is not None and identity not in self.labels]
+        if unknown:
+            expected = ", ".join(f"{identity} {name}" for identity, name in self.labels.items())
+            raise BadInput(
+                f"label {_path(path)} holds the ids {found[:20]}; {unknown[:20]} are not in `labels` ({expected})"
+            )
+        return value.round().to(torch.uint8 if small else torch.int16)
+
+    def _target(self, target: Mapping[str, Any], case: Mapping[Hashable, Any], grid: Grid, image_path: Any) -> Any:
+        name, value = target["name"], case.get(target["name"])
+        if target.get("kind", "dense") != "dense":
+            try:
+                return torch.tensor(float("nan") if value is None else float(value), dtype=torch.float32)
+            except (TypeError, ValueError) as error:
+                raise BadInput(f"case {case_name(image_path)}: `{name}` is {value!r}; expected a number") from error
+        missing = float(target.get("missing", 0))
+        if value is None:
+            label = case.get("label")
+            if not self._present(case, name, image_path) and not isinstance(label, MetaTensor):
+                return None
+            return torch.full_like(label, missing, dtype=torch.float32)
+
+        def convert(found: MetaTensor, path: Any) -> MetaTensor:
+            found = found.to(torch.float32)
+            broken = int((~torch.isfinite(found)).sum()) if np.isfinite(missing) else 0
+            if broken:
+                raise BadInput(
+                    f"{name} {_path(path)} has {broken} NaN or infinite voxels; "
+                    f"write {missing:g} (the target's `missing`) there"
+                )
+            return found
+
+        return self._map(name, value, grid, image_path, convert)
+
+
+def _path(path: Any) -> str:
+    return os.fspath(path if isinstance(path, (str, os.PathLike)) else path[0])
+
+
+def _own_rank(value: MetaTensor) -> MetaTensor:
+    """Give a 2D image an affine of two axes: with the file's three, MONAI takes it for a volume here and there."""
+    if value.ndim == 3 and value.affine.shape[-1] != 3:
+        affine = to_affine_nd(2, value.affine.cpu().numpy())
+        if abs(np.linalg.det(affine)) < 1e-6:  # a sagittal or coronal slice lies in neither of the first two axes
+            affine[:2, :2] = np.diag(np.linalg.norm(value.affine.cpu().numpy()[:3, :2], axis=0))
+        value.affine = torch.as_tensor(affine, dtype=torch.float64)
+    return value
+
+
+def _grid(value: MetaTensor) -> Grid:
+    return Grid(tuple(value.shape[1:]), int(value.shape[0]), value.affine.cpu().numpy().astype(float))

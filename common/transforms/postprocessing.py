@@ -1,0 +1,108 @@
+"""The chains of transforms after the network: to monitor a training, to evaluate, and to write results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import (
+    Activationsd,
+    AsDiscreted,
+    Compose,
+    CopyItemsd,
+    Invertd,
+    LoadImaged,
+    SaveImaged,
+)
+
+from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
+
+__all__ = ["load_references", "monitor_postprocessing", "postprocessing"]
+
+Target = Mapping[str, Any]
+
+
+def _dense(targets: Sequence[Target]) -> list[str]:
+    return [target["name"] for target in targets if target.get("kind", "dense") == "dense"]
+
+
+def monitor_postprocessing(num_classes: int, targets: Sequence[Target] = ()) -> Compose:
+    """Label map and target maps on the network's own grid: cheap, for the validation during a training."""
+    steps: list[Callable] = [SplitOutputd("pred", num_classes, targets)]
+    if num_classes:
+        steps.append(AsDiscreted("segmentation", argmax=True))
+    return Compose(steps)
+
+
+def load_references(targets: Sequence[Target] = ()) -> Compose:
+    """Load the files to compare with as they are, under ``reference`` and ``reference_<target>``."""
+    names = {"label": "reference", **{name: f"reference_{name}" for name in _dense(targets)}}
+    return Compose(
+        [
+            CopyItemsd(list(names), names=list(names.values()), allow_missing_keys=True),
+            LoadImaged(list(names.values()), ensure_channel_first=True, image_only=True, allow_missing_keys=True),
+        ]
+    )
+
+
+def postprocessing(
+    preprocessing: Callable,
+    labels: Mapping[str, str],
+    targets: Sequence[Target] = (),
+    segments: bool = True,
+    mask: bool = True,
+    geometric: Mapping[str, Any] | None = None,
+    output_dir: str | None = None,
+) -> Compose:
+    """From the network's output to label map, target maps and numbers on the input's own grid.
+
+    Args:
+        preprocessing: what was done to the image, to be undone.
+        labels: names of the classes by id.
+        targets: regression targets in the order of the network's channels.
+        segments: whether the network's output begins with segmentation logits.
+        mask: whether a target's map is set to 0 outside its structure.
+        geometric: measure a thickness in the predicted mask instead of reading the network's map: ``target``,
+            ``structure``, ``inner`` and ``slicewise`` of :class:`GeometricThicknessd`. The network then has no channel
+            for it.
+        output_dir: write ``<case>_seg.nii.gz`` and ``<case>_<target>.nii.gz`` there; None writes nothing.
+    """
+    channels = [target for target in targets if geometric is None or target["name"] != geometric["target"]]
+    maps = [f"{name}_pred" for name in _dense(channels)]
+    continuous = (["segmentation"] if segments else []) + maps
+    steps: list[Callable] = [SplitOutputd("pred", len(labels) if segments else 0, channels)]
+    if segments:
+        steps.append(Activationsd("segmentation", softmax=True))
+    steps.append(
+        Invertd(
+            [*continuous, *(f"{name}_std" for name in _dense(channels))],
+            transform=preprocessing,
+            orig_keys="image",
+            nearest_interp=False,
+            to_tensor=True,
+            allow_missing_keys=True,
+        )
+    )
+    if segments:
+        steps.append(AsDiscreted("segmentation", argmax=True, dtype=torch.uint8))
+    if geometric is not None:
+        steps.append(GeometricThicknessd(**geometric))
+    steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]
+    if output_dir is not None:
+        saved = {"segmentation": "seg"} if segments else {}
+        saved.update({f"{name}_pred": name for name in _dense(targets)})
+        steps += [
+            SaveImaged(
+                key,
+                output_dir=output_dir,
+                output_postfix=postfix,
+                output_ext=".nii.gz",
+                output_dtype="uint8" if key == "segmentation" else "float32",
+                resample=False,
+                separate_folder=False,
+                print_log=False,
+            )
+            for key, postfix in saved.items()
+        ]
+    return Compose(steps)

@@ -1,0 +1,126 @@
+"""From a case's files to the grid and intensities a network takes, and back through ``monai.transforms.Invertd``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    NormalizeIntensityd,
+    Orientationd,
+    ScaleIntensityRanged,
+)
+from monai.transforms import Spacingd as MonaiSpacingd
+
+from ..errors import BadInput
+from .loading import LoadCased
+
+__all__ = ["Spacingd", "chain", "preprocessing"]
+
+
+class Spacingd(MonaiSpacingd):
+    """MONAI's ``Spacingd`` for entries that hold plain values under ``image_*``, as those of MONAI Label do.
+
+    The original takes every such entry for a dictionary of metadata and updates it, which fails on a path.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        """Resample ``data`` to the wanted spacing."""
+        prefixes = tuple(f"{key}_" for key in self.keys)
+        hidden = {
+            key: value
+            for key, value in data.items()
+            if isinstance(key, str)
+            and key.startswith(prefixes)
+            and key not in self.keys
+            and not isinstance(value, dict)
+        }
+        shown = {key: value for key, value in data.items() if key not in hidden}
+        return {**super().__call__(shown, lazy=lazy), **hidden}
+
+
+def chain(*transforms: Callable | None) -> Compose:
+    """One flat ``Compose`` of several, None left out.
+
+    ``CacheDataset`` takes a nested ``Compose`` for a random transform and would cache nothing of it.
+    """
+    return Compose([transform for transform in transforms if transform is not None]).flatten()
+
+
+def preprocessing(
+    keys: Sequence[str] = ("image",),
+    labels: Mapping[str, str] | None = None,
+    channels: int | None = None,
+    targets: Sequence[Mapping[str, Any]] = (),
+    spacing: Sequence[float] | None = None,
+    intensity: Mapping[str, Any] | None = None,
+) -> Compose:
+    """Load, bring to RAS orientation and one spacing, normalise intensities.
+
+    Every step is deterministic, and those that move voxels can be undone by ``Invertd``. Labels and dense targets are
+    resampled by the nearest voxel, so that missing voxels keep the target's ``missing`` value.
+
+    Args:
+        keys: what to load; ``("image",)`` for inference. An entry may lack any but ``image``.
+        labels: label ids and names.
+        channels: channels that the image must have.
+        targets: descriptions of the regression targets.
+        spacing: voxel size in mm, one number a spatial axis; None keeps the file's own.
+        intensity: ``{"kind": "zscore"}`` for mean 0 and standard deviation 1 a volume and channel (the default), or
+            ``{"kind": "ct", "lower": ..., "upper": ..., "mean": ..., "std": ...}`` for clipping, then the data set's
+            mean and standard deviation, in the file's unit.
+
+    Returns:
+        A transform of an entry to ``image`` (C, *spatial) float32, ``label`` (1, *spatial) integer, dense targets
+        (1, *spatial) float32, case-level targets float32 scalars.
+
+    Raises:
+        BadInput: ``intensity`` or ``spacing`` makes no sense.
+    """
+    case_level = {target["name"] for target in targets if target.get("kind", "dense") != "dense"}
+    maps = [key for key in keys if key not in case_level]
+    small = labels is None or max((int(key) for key in labels), default=0) <= np.iinfo(np.uint8).max
+    types = [(torch.uint8 if small else torch.int16) if key == "label" else torch.float32 for key in maps]
+    steps: list[Callable] = [
+        LoadCased(keys, labels=labels, channels=channels, targets=targets),
+        Orientationd(maps, axcodes="RAS"[: len(spacing or "RAS")], labels=None, allow_missing_keys=True),
+    ]
+    if spacing is not None:
+        if not all(isinstance(size, (int, float)) and size > 0 for size in spacing):
+            raise BadInput(
+                f"`spacing` is {list(spacing)}; expected a positive number of mm an axis, or null to keep it"
+            )
+        modes = ["bilinear" if key == "image" else "nearest" for key in maps]
+        steps.append(Spacingd(maps, pixdim=spacing, mode=modes, dtype=np.float32, allow_missing_keys=True))
+    steps.append(_normalization(intensity or {"kind": "zscore"}))
+    steps.append(EnsureTyped(maps, dtype=types, track_meta=True, allow_missing_keys=True))
+    return Compose(steps)
+
+
+def _normalization(intensity: Mapping[str, Any]) -> Callable:
+    kind = intensity.get("kind")
+    if kind == "zscore":
+        return NormalizeIntensityd("image", nonzero=False, channel_wise=True, allow_missing_keys=True)
+    if kind != "ct":
+        raise BadInput(f'`intensity` has the kind {kind!r}; expected "zscore" or "ct"')
+    lacking = [name for name in ("lower", "upper", "mean", "std") if not isinstance(intensity.get(name), (int, float))]
+    if lacking:
+        raise BadInput(
+            f'`intensity` of kind "ct" needs the numbers lower, upper, mean and std; {lacking} are not given'
+        )
+    lower, upper, mean, std = (float(intensity[name]) for name in ("lower", "upper", "mean", "std"))
+    if lower >= upper or std <= 0:
+        raise BadInput(f"`intensity`: lower {lower:g} must be below upper {upper:g}, and std {std:g} above 0")
+    return ScaleIntensityRanged(
+        "image",
+        a_min=lower,
+        a_max=upper,
+        b_min=(lower - mean) / std,
+        b_max=(upper - mean) / std,
+        clip=True,
+        allow_missing_keys=True,
+    )

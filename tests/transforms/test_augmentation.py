@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset, MetaTensor
+from monai.transforms import Compose
+
+from common.errors import BadInput
+from common.transforms import chain, crop, crop_indices, supervised_augmentation, weak_and_strong
+
+THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": -1}
+VOLUME = {"name": "volume", "unit": "mL", "kind": "sum"}
+ALL = ("image", "label", "thickness", "volume")
+
+
+@pytest.fixture
+def case():
+    """A volume whose image tells each voxel's label and thickness, so that what moved together can be seen."""
+    label = torch.zeros(1, 20, 18, 16, dtype=torch.uint8)
+    label[:, 4:16, 4:14, 4:12] = 1
+    label[:, 7:13, 7:11, 6:10] = 2
+    return {
+        "image": MetaTensor(label.float() * 2),
+        "label": MetaTensor(label),
+        "thickness": MetaTensor(torch.where(label == 2, 3.0, -1.0)),
+        "volume": torch.tensor(5.0),
+        "path": "a file",
+    }
+
+
+def draw(transform: Compose, data: dict, seed: int) -> dict:
+    drawn = transform.set_random_state(seed)(data)
+    return drawn[0] if isinstance(drawn, list) else drawn
+
+
+def test_crop_takes_the_same_place_from_every_map(case):
+    transform = crop((8, 8, 8), 3, ALL, targets=[THICKNESS, VOLUME])
+    for seed in range(5):
+        patch = draw(transform, case, seed)
+        assert patch["image"].shape == patch["label"].shape == patch["thickness"].shape == (1, 8, 8, 8)
+        assert torch.equal(patch["image"], patch["label"].float() * 2)
+        assert torch.equal(patch["thickness"] == 3, patch["label"] == 2)
+        assert patch["volume"] == 5
+        assert "label_cls_indices" not in patch
+        assert type(patch["image"]) is torch.Tensor
+
+
+def test_share_of_foreground_centres(case):
+    def share(foreground: float) -> float:
+        transform = crop((1, 1, 1), 3, ("image", "label"), foreground)
+        return float(np.mean([int(draw(transform, case, seed)["label"]) > 0 for seed in range(60)]))
+
+    assert share(0) == 0
+    assert share(1) == 1
+    assert 0.3 < share(0.5) < 0.7
+
+
+def test_smaller_volumes_are_padded(case):
+    patch = draw(crop((24, 8, 20), 3, ALL, targets=[THICKNESS, VOLUME]), case, 0)
+    assert patch["image"].shape == (1, 24, 8, 20)
+    assert (patch["image"][:, 0] == 0).all()
+    assert (patch["label"][:, 0] == 0).all()
+    assert (patch["thickness"][:, 0] == -1).all()
+
+
+def test_unlabelled_cases_need_no_label(case):
+    unlabelled = {"image": case["image"]}
+    patches = [draw(crop((24, 8, 8), None, ("image",)), unlabelled, seed)["image"] for seed in range(2)]
+    assert patches[0].shape == (1, 24, 8, 8)
+    assert not torch.equal(patches[0], patches[1])
+
+
+def test_a_case_of_background_only_is_cropped_too(case):
+    empty = {"image": case["image"], "label": torch.zeros_like(case["label"])}
+    assert draw(crop((8, 8, 8), 3, foreground=1.0), empty, 0)["label"].shape == (1, 8, 8, 8)
+
+
+def test_indices_are_found_once_a_case(case):
+    prepared = crop_indices((8, 8, 8), 3)(case)
+    sizes = [len(indices) for indices in prepared["label_cls_indices"]]
+    assert sizes == [int((case["label"] == index).sum()) for index in range(3)]
+
+
+def test_a_cache_without_copies_stays_as_it_was(case):
+    everything = chain(
+        crop((8, 8, 8), 3),
+        weak_and_strong((8, 8, 8), ("image", "label"), weak_probability=1, strong_probability=1),
+    )
+    dataset = CacheDataset([case], everything, copy_cache=False, progress=False)
+    assert "label_cls_indices" in dataset._cache[0]
+    before = {key: dataset._cache[0][key].clone() for key in ("image", "label")}
+    steps = len(dataset._cache[0]["image"].applied_operations)
+    for _ in range(3):
+        dataset[0]
+    for key, value in before.items():
+        assert torch.equal(dataset._cache[0][key], value)
+        assert len(dataset._cache[0][key].applied_operations) == steps
+
+
+@pytest.mark.parametrize("arguments", [{"foreground": 2}, {"num_classes": 1}])
+def test_crops_that_make_no_sense(arguments):
+    with pytest.raises(BadInput):
+        crop(**{"patch_size": (8, 8), "num_classes": 2, **arguments})
+
+
+def test_supervised_augmentation_moves_all_maps_together(case):
+    transform = supervised_augmentation(
+        (20, 18, 16), ALL, [THICKNESS, VOLUME], scale=None, rotation=30, mirror_axes=None, intensity=False
+    )
+    moved = 0
+    for seed in range(12):
+        patch = draw(transform, case, seed)
+        assert patch["label"].dtype == torch.int64
+        assert type(patch["image"]) is torch.Tensor
+        assert patch["thickness"].unique().tolist() == [-1, 3]
+        assert torch.equal(patch["thickness"] == 3, patch["label"] == 2)
+        # Bilinear and nearest part by less than half the step between two labels, edges of three classes apart.
+        agreement = ((patch["image"] / 2).round() == patch["label"]).float().mean()
+        assert agreement > 0.97
+        moved += not torch.equal(patch["label"], case["label"].long().as_tensor())
+    assert moved > 0
+
+
+def test_scaling_magnifies_and_shrinks_label_and_image_alike(case):
+    transform = supervised_augmentation((20, 18, 16), scale=(0.7, 1.4), rotation=0, mirror_axes=(), intensity=False)
+    sizes = set()
+    for seed in range(40):
+        patch = draw(transform, case, seed)
+        assert patch["label"].shape == patch["image"].shape == (1, 20, 18, 16)
+        assert ((patch["image"] / 2).round() == patch["label"]).float().mean() > 0.95
+        sizes.add(int((patch["label"] == 2).sum()))
+    original = int((case["label"] == 2).sum())
+    assert original in sizes
+    assert min(sizes) < original < max(sizes)
+
+
+def test_lengths_forbid_scaling():
+    with pytest.raises(BadInput, match=r"`scale` .* lengths in \['thickness'\]"):
+        supervised_augmentation((8, 8, 8), ALL, [THICKNESS, VOLUME])
+    supervised_augmentation((8, 8, 8), ("image", "label", "volume"), [VOLUME])
+    supervised_augmentation((8, 8, 8), ALL, [{**THICKNESS, "unit": ""}, VOLUME])
+    with pytest.raises(BadInput, match="smallest and the largest"):
+        supervised_augmentation((8, 8, 8), scale=(1.4, 0.7))
+
+
+@pytest.mark.parametrize("thick_axis", [0, 1, 2])
+def test_anisotropic_data_keep_to_their_plane(thick_axis):
+    """Slices of one constant each stay so under whatever moves voxels in the plane only, low resolution included."""
+    shape = [1, 12, 12, 12]
+    ramp = torch.arange(12.0).reshape([1] + [12 if axis == thick_axis else 1 for axis in range(3)])
+    case = {"image": ramp.expand(shape).clone(), "label": ramp.expand(shape).to(torch.uint8)}
+    transform = supervised_augmentation(
+        (12, 12, 12), thick_axis=thick_axis, mirror_axes=(), intensity=False
+    )
+    for seed in range(20):
+        patch = draw(transform, case, seed)
+        torch.testing.assert_close(patch["image"], case["image"], atol=1e-4, rtol=0)
+        assert torch.equal(patch["label"], case["label"].long())
+    from common.transforms.augmentation import _RandLowResolutiond
+
+    low = _RandLowResolutiond("image", 1.0, 3, thick_axis)
+    torch.testing.assert_close(torch.as_tensor(low(case)["image"]), case["image"])
+    noise = {"image": torch.randn(1, 12, 12, 12, generator=torch.Generator().manual_seed(0))}
+    low.set_random_state(1)
+    assert low(noise)["image"].std() < noise["image"].std()
+
+
+def test_intensities_change_the_image_only(case):
+    transform = supervised_augmentation((20, 18, 16), scale=None, rotation=0, mirror_axes=())
+    changed = 0
+    for seed in range(10):
+        patch = draw(transform, case, seed)
+        assert torch.equal(patch["label"], case["label"].long().as_tensor())
+        assert torch.isfinite(patch["image"]).all()
+        changed += not torch.equal(patch["image"], case["image"].as_tensor())
+    assert changed >= 3
+
+
+def test_mirroring_of_one_axis_leaves_the_others(case):
+    marked = {"image": torch.arange(24.0).reshape(1, 2, 3, 4)}
+    transform = supervised_augmentation(
+        (2, 3, 4), ("image",), scale=None, rotation=0, mirror_axes=(1,), intensity=False
+    )
+    seen = {tuple(draw(transform, marked, seed)["image"].flatten().tolist()) for seed in range(10)}
+    flipped = marked["image"].flip(2)
+    assert seen == {tuple(marked["image"].flatten().tolist()), tuple(flipped.flatten().tolist())}
+
+
+def test_the_strong_view_of_probability_nought_is_the_weak_one(case):
+    transform = weak_and_strong((20, 18, 16), ("image", "label"), weak_probability=1.0, strong_probability=0.0)
+    for seed in range(3):
+        views = draw(transform, case, seed)
+        assert torch.equal(views["strong"], views["image"])
+        assert views["strong"].data_ptr() != views["image"].data_ptr()
+        assert not torch.equal(views["image"], case["image"].as_tensor())
+        assert ((views["image"] / 2).round() == views["label"]).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("shape", [(20, 18, 16), (24, 20)])
+def test_the_strong_view_has_the_weak_ones_geometry(shape):
+    image = torch.nn.functional.interpolate(
+        torch.randn(1, 1, *(5 for _ in shape), generator=torch.Generator().manual_seed(0)),
+        size=shape,
+        mode="trilinear" if len(shape) == 3 else "bilinear",
+    )[0]
+    transform = weak_and_strong(shape, weak_probability=1.0, strong_probability=1.0, cutout=None)
+    for seed in range(6):
+        views = draw(transform, {"image": image}, seed)
+        assert views["strong"].shape == views["image"].shape == (1, *shape)
+        assert type(views["image"]) is type(views["strong"]) is torch.Tensor
+        assert not torch.equal(views["strong"], views["image"])
+
+        def correlation(one: torch.Tensor, other: torch.Tensor) -> float:
+            return float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])
+
+        assert correlation(views["strong"], views["image"]) > 0.8
+        assert correlation(views["strong"], views["image"]) > correlation(views["strong"], views["image"].roll(3, 1))
+
+
+def test_cut_out_fills_boxes_of_the_strong_view_only():
+    image = torch.full((1, 16, 16, 8), 5.0)
+    transform = weak_and_strong((16, 16, 8), strong_probability=1.0, cutout=0.25, holes=1)
+    views = draw(transform, {"image": image}, 0)
+    assert (views["image"] == 5).all()
+    assert int((views["strong"] == 0).sum()) == 4 * 4 * 2
+
+
+def test_draws_repeat_with_their_seed(case):
+    transform = chain(crop((8, 8, 8), 3), supervised_augmentation((8, 8, 8)))
+    again = [draw(transform, case, seed)["image"] for seed in (1, 2, 1)]
+    assert torch.equal(again[0], again[2])
+    assert not torch.equal(again[0], again[1])
+
+
+def test_two_dimensions():
+    case = {"image": torch.rand(2, 20, 18), "label": torch.randint(0, 2, (1, 20, 18))}
+    transform = chain(crop((16, 24), 2), supervised_augmentation((16, 24)))
+    for seed in range(10):
+        patch = draw(transform, case, seed)
+        assert patch["image"].shape == (2, 16, 24)
+        assert patch["label"].shape == (1, 16, 24)

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from monai.data import CacheDataset
+from monai.transforms import Invertd, RandGaussianNoised
+
+from common.errors import BadInput
+from common.transforms import chain, preprocessing
+
+LABELS = {"0": "background", "1": "lumen", "2": "wall"}
+TARGETS = [
+    {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": -1},
+    {"name": "volume", "unit": "mL", "kind": "sum"},
+]
+# Left-anterior-superior, with the first two axes exchanged: nothing here is in the order that the network sees.
+AFFINE = np.array([[0.0, -1.5, 0.0, 20.0], [2.0, 0.0, 0.0, -7.0], [0.0, 0.0, 3.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+
+
+def write(path: Path, array: np.ndarray, affine=AFFINE) -> str:
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    return str(path)
+
+
+@pytest.fixture
+def case(tmp_path):
+    label = np.zeros((12, 16, 8), np.uint8)
+    label[2:6, 3:12, 2:6] = 1
+    label[6:10, 3:7, 2:6] = 2
+    image = label * 100.0 + np.random.default_rng(0).normal(size=label.shape)
+    return {
+        "image": write(tmp_path / "image.nii.gz", image.astype(np.float32)),
+        "label": write(tmp_path / "label.nii.gz", label),
+        "thickness": write(tmp_path / "thickness.nii.gz", np.where(label == 2, 1.75, -1).astype(np.float32)),
+        "volume": 3,
+    }
+
+
+def test_orientation_spacing_and_types(case):
+    transform = preprocessing(
+        ("image", "label", "thickness", "volume"), LABELS, 1, TARGETS, spacing=(1.5, 1.0, 3.0), intensity=None
+    )
+    done = transform(case)
+    # RAS: the file's second axis runs right to left with 1.5 mm, its first to the front with 2 mm, now 1 mm.
+    assert done["image"].shape == done["label"].shape == done["thickness"].shape == (1, 16, 23, 8)
+    assert done["image"].pixdim.tolist() == [1.5, 1.0, 3.0]
+    assert [value.dtype for value in (done["image"], done["label"], done["thickness"], done["volume"])] == [
+        torch.float32,
+        torch.uint8,
+        torch.float32,
+        torch.float32,
+    ]
+    assert done["label"].unique().tolist() == [0, 1, 2]
+    # Nearest: no value in between, and the map still agrees with the label.
+    assert done["thickness"].unique().tolist() == [-1, 1.75]
+    assert torch.equal(done["thickness"] > 0, done["label"] == 2)
+    assert abs(float(done["image"].mean())) < 1e-4
+    assert abs(float(done["image"].std()) - 1) < 1e-2
+    assert done["volume"] == 3
+
+
+def test_no_spacing_keeps_voxels(case):
+    done = preprocessing(("image", "label"), LABELS)(case)
+    expected = np.flip(nibabel.load(case["label"]).get_fdata().transpose(1, 0, 2), 0)
+    np.testing.assert_array_equal(done["label"][0].numpy(), expected)
+
+
+@pytest.mark.parametrize("spacing", [None, (1.0, 1.5, 2.0)])
+def test_a_prediction_returns_to_the_files_grid(case, spacing):
+    transform = preprocessing(("image", "label"), LABELS, spacing=spacing)
+    done = transform(case)
+    done["pred"] = done["label"].clone().to(torch.float32)
+    done["pred"].applied_operations = []
+    back = Invertd("pred", transform=transform, orig_keys="image", nearest_interp=True)(done)["pred"]
+    original = nibabel.load(case["label"])
+    assert back.shape[1:] == original.shape
+    np.testing.assert_allclose(back.affine, original.affine, atol=1e-5)
+    agreement = (back[0].numpy() == original.get_fdata()).mean()
+    assert agreement == 1 if spacing is None else agreement > 0.93
+
+
+def test_only_the_image_and_other_entries_as_monai_label_gives_them(case):
+    transform = preprocessing(labels=LABELS, spacing=(2, 2, 2))
+    done = transform({"image": case["image"], "image_path": "somewhere", "image_count": 3, "image_meta": {"a": 1}})
+    assert done["image_path"] == "somewhere"
+    assert done["image_count"] == 3
+    assert done["image"].pixdim.tolist() == [2, 2, 2]
+    assert "label" not in done
+
+
+def test_it_warns_of_nothing(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocessing(("image", "label"), LABELS, spacing=(2, 2, 2))
+
+
+def test_two_dimensions(tmp_path):
+    image = np.random.default_rng(0).normal(size=(10, 12)).astype(np.float32)
+    affine = np.diag([-1.0, 2.0, 1.0, 1.0])
+    case = {
+        "image": write(tmp_path / "a.nii.gz", image, affine),
+        "label": write(tmp_path / "b.nii.gz", (image > 0).astype(np.uint8), affine),
+    }
+    transform = preprocessing(("image", "label"), spacing=(1.0, 1.0))
+    done = transform(case)
+    assert done["image"].shape == done["label"].shape == (1, 10, 23)
+    assert torch.equal(done["label"][0, :, 0], torch.from_numpy(np.flip((image > 0)[:, 0], 0).copy()))
+
+
+def test_zscore_is_a_channel(tmp_path):
+    image = np.random.default_rng(0).normal(size=(6, 5, 4, 2)).astype(np.float32) * (1, 50) + (0, 1000)
+    done = preprocessing(channels=2)({"image": write(tmp_path / "a.nii.gz", image.astype(np.float32))})["image"]
+    np.testing.assert_allclose(done.mean((1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(done.std((1, 2, 3), correction=0), 1, atol=1e-3)
+
+
+def test_ct_clips_then_normalises(tmp_path):
+    image = np.zeros((2, 2, 2), np.float32)
+    image.flat = [-2000, -100, 0, 40, 100, 200, 300, 4000]
+    intensity = {"kind": "ct", "lower": -100, "upper": 300, "mean": 40, "std": 20}
+    done = preprocessing(intensity=intensity)({"image": write(tmp_path / "a.nii.gz", image, np.eye(4))})["image"]
+    np.testing.assert_allclose(done.flatten(), [-7, -7, -2, 0, 3, 8, 13, 13], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"intensity": {"kind": "mri"}}, 'expected "zscore" or "ct"'),
+        ({"intensity": {"kind": "ct", "lower": 0}}, "upper"),
+        ({"intensity": {"kind": "ct", "lower": 2, "upper": 1, "mean": 0, "std": 1}}, "must be below"),
+        ({"spacing": (1, 0, 1)}, "positive number of mm"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        preprocessing(**arguments)
+
+
+def test_chain_is_flat_so_that_the_deterministic_part_is_cached(case):
+    transform = chain(preprocessing(("image", "label"), LABELS), None, RandGaussianNoised("image", prob=1.0))
+    assert isinstance(transform.transforms[-1], RandGaussianNoised)
+    dataset = CacheDataset([case], transform, progress=False)
+    assert isinstance(dataset._cache[0]["image"], torch.Tensor)

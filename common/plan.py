@@ -539,7 +539,7 @@ def _explain(content: Mapping[str, Any], findings: _Findings, plan: Mapping[str,
         f"{numbers([math.prod(axis) for axis in zip(*plan['strides'], strict=True)])} voxels become one at the bottom",
     ]
     if plan["thick_axis"] is not None:
-        lines.append(f"anisotropic: patches are flat along axis {plan['anisotropic']}; augmentation stays in plane")
+        lines.append(f"anisotropic: patches are flat along axis {plan['thick_axis']}; augmentation stays in plane")
     intensity = plan["intensity"]
     if intensity["kind"] == "ct":
         lines.append(

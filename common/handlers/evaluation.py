@@ -39,7 +39,7 @@ CONVENTIONS = {
     "failed": "only one of prediction and reference holds the label: Dice and Jaccard 0, no distances",
     "absent": "neither holds the label: no figures",
 }
-_HIDDEN = ("failed", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
+_HIDDEN = ("failed", "covered", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
 
 
 def _json_ready(value: Any) -> Any:
@@ -151,7 +151,9 @@ class EvaluationWriter:
     - ``reference``: the label file as it is, (1, *spatial); needed where there is a segmentation;
     - ``<target>_pred`` and ``reference_<target>``: predicted map and file of a dense target. Its error is formed where
       the reference has a value (finite and not ``missing``) and, with a reference label map, inside the structure.
-      ``coverage`` is the fraction of those voxels that the predicted segmentation gives to the structure;
+      ``coverage`` is the fraction of those voxels for which the prediction has a value: the predicted segmentation
+      gives them to the structure, and the map is not ``missing``. The summary's ``covered`` has the figures of these
+      voxels alone, the only ones that a measurement in the predicted mask can have;
     - ``<target>_case`` and ``reference_<target>`` (or ``<target>``): the two numbers of a case-level target;
     - ``annotated``, optional: the label ids that the reference knows; others get no figures.
 
@@ -249,7 +251,10 @@ class EvaluationWriter:
             mask &= np.isin(_array(case["reference"]), structure)
         result: dict[str, Any] = regression_metrics(_array(prediction_map), values, mask)
         if structure is not None and case.get("segmentation") is not None and result["voxels"]:
-            result["coverage"] = float(np.isin(_array(case["segmentation"]), structure)[mask].mean())
+            prediction = _array(prediction_map)
+            covered = mask & np.isin(_array(case["segmentation"]), structure) & (prediction != missing)
+            result["coverage"] = float(covered.sum() / mask.sum())
+            result["covered"] = regression_metrics(prediction, values, covered)
         return result
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -284,6 +289,7 @@ class EvaluationWriter:
                 coverage = [result["coverage"] for result in results if "coverage" in result]
                 if coverage:
                     summary["coverage"] = _mean_and_spread(coverage)
+                    summary["covered"] = summarize_regression([r["covered"] for r in results if "covered" in r])
             else:
                 predicted = np.array([result["prediction"] for result in results])
                 pooled = regression_metrics(predicted, np.array([result["reference"] for result in results]))

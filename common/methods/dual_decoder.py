@@ -134,10 +134,9 @@ class DualDecoder(Method):
             return checkpoint(self.network, window, use_reentrant=False)
 
         output = sliding_window_inference(case["image"], self.patch_size, 1, predict, overlap=0.0)
-        structure = None
-        if target["kind"] == "mean":
+        structure, ids = None, target.get("structure")
+        if target["kind"] == "mean" and ids is not None and self.num_classes:
             probabilities = output[:, : self.num_classes].detach().softmax(1)
-            ids = target["structure"]
             structure = probabilities[:, [ids] if isinstance(ids, int) else list(ids)].sum(1, keepdim=True)
         channel = self.num_classes + index
         prediction = reduce_to_case(output[:, channel : channel + 1], target["kind"], structure)

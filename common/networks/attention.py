@@ -62,7 +62,7 @@ def to_grid(edge: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _to_grid(edge: Tensor, shape: list[int]) -> Tensor:
-    if edge.shape[2:] == shape:
+    if list(edge.shape[2:]) == shape:
         return edge
     if edge.dim() == 5:
         return F.adaptive_max_pool3d(edge, shape)

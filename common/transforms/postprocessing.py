@@ -16,6 +16,7 @@ from monai.transforms import (
     SaveImaged,
 )
 
+from ..data.datalist import case_name
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 
 __all__ = ["load_references", "monitor_postprocessing", "postprocessing"]
@@ -25,6 +26,12 @@ Target = Mapping[str, Any]
 
 def _dense(targets: Sequence[Target]) -> list[str]:
     return [target["name"] for target in targets if target.get("kind", "dense") == "dense"]
+
+
+def _output_name(meta: Mapping[str, Any] | None, saver: Callable) -> dict[str, Any]:
+    """MONAI's writer cuts a name at its last dot, which would give DICOM folders named by their UID one name."""
+    # The suffix is there to be cut off.
+    return {"subject": f"{case_name((meta or {}).get('filename_or_obj', 'case'))}.nii", "idx": None}
 
 
 def monitor_postprocessing(num_classes: int, targets: Sequence[Target] = ()) -> Compose:
@@ -101,6 +108,7 @@ def postprocessing(
                 output_dtype="uint8" if key == "segmentation" else "float32",
                 resample=False,
                 separate_folder=False,
+                output_name_formatter=_output_name,
                 print_log=False,
             )
             for key, postfix in saved.items()

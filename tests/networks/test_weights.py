@@ -71,7 +71,7 @@ def test_only_the_parts_asked_for_are_loaded():
     assert same(other.state_dict(), student.state_dict())
     with pytest.raises(BadInput, match="in the weights but not in the network"):
         hand_over(other, network.state_dict())
-    with pytest.raises(BadInput, match="'regression_decoder' isn't in the network. It has encoder, segm"):
+    with pytest.raises(BadInput, match="'regression_decoder' isn't in the network"):
         hand_over(other, network.state_dict(), ("regression_decoder",))
 
 
@@ -165,10 +165,8 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, fails, full)
-    with pytest.raises(OSError, match="No space left on device") as caught:
+    with pytest.raises(BadInput, match=rf"{path}.*No space left on device"):
         save_weights(segmentation(), path)
-    assert caught.value.filename == str(path)
-    assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 

@@ -1,0 +1,104 @@
+"""The demonstration: data, three stages, the comparisons, and a report with pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .data.datalist import read_datalist
+from .data.phantom import generate_phantoms
+from .errors import BadInput
+from .report import write_report
+from .study import ROOT, Study, machine, read_study
+
+__all__ = ["add_arguments", "main"]
+
+_PLAN = {"width": 16, "max_width": 128, "memory": "2GB"}
+_SHOWN = ("teacher", "student", "dual_decoder")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m common demo``."""
+    parser.add_argument("--data", type=Path, help="a folder with datalist.json; by default phantoms are made")
+    parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder for everything that is made")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--study", type=Path, default=ROOT / "studies" / "demo.json", help="which runs")
+    parser.add_argument("--device", help="for instance cpu or cuda:0; by default a GPU when there is one")
+
+
+def _fit(description: dict[str, Any], datalist: dict[str, Any]) -> dict[str, Any]:
+    """The study with the runs that the data allow: unlabelled images for the student, targets for the dual decoder."""
+    runs = dict(description["runs"])
+    has_targets = bool(datalist.get("targets")) or any(
+        isinstance(value, str) and key not in ("image", "label", "patient", "group", "domain")
+        for entry in datalist.get("training", [])
+        for key, value in entry.items()
+    )
+    if not datalist.get("unlabeled"):
+        runs = {name: run for name, run in runs.items() if run["bundle"] != "student" and name != "no_student"}
+        for name, run in runs.items():
+            if run.get("student") == "student":
+                runs[name] = {**run, "student": "teacher"}
+    if not has_targets:
+        runs = {name: run for name, run in runs.items() if run["bundle"] != "dual_decoder"}
+    return {**description, "runs": runs}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run the demonstration; returns 1 when a run failed."""
+    output = options.output.resolve()
+    description = read_study(options.study)
+    if options.data is None:
+        data = generate_phantoms(output / "phantoms", seed=options.seed).parent
+    else:
+        data = options.data.resolve()
+        datalist = read_datalist(data / "datalist.json")
+        if not datalist.get("validation"):
+            raise BadInput(f"{data / 'datalist.json'}: the section 'validation' is empty; there is nothing to measure on.")
+        description = {**_fit(description, datalist), "plan": _PLAN}
+    study = Study(description, data, output, [options.seed], options.device)
+    failures = study.run_all()
+    report = _report(study, data)
+    print(study.markdown())
+    print(f"report: {report}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _report(study: Study, data: Path) -> Path:
+    seed = study.seeds[0]
+    tables = []
+    columns, rows = study.segmentation_table()
+    if rows:
+        note = "Dice and 95th percentile of the surface distance on the validation cases, which chose nothing."
+        tables.append({"title": "Segmentation", "note": note, "columns": columns, "rows": rows})
+    for target in study.targets():
+        columns, rows = study.regression_table(target)
+        note = (
+            "Error inside the reference structure; 'covered' where the prediction has a value, too, which is all that a "
+            "measurement in the predicted mask can be judged by."
+        )
+        tables.append({"title": f"Regression: {target}", "note": note, "columns": columns, "rows": rows})
+    pictures = []
+    for name in (name for name in _SHOWN if name in study.runs):
+        folder = study.folder(study.runs[name], seed)
+        for kind, paths in (
+            ("median case", sorted((folder / "test").glob("median_*.png"))),
+            ("training", [folder / "train" / "curves.png"]),
+        ):
+            pictures += [{"title": f"{name}: {kind}", "path": path} for path in paths if path.exists()]
+    total = sum(r["train_seconds"] + r["test_seconds"] for run in study.runs.values() for r in study.records(run))
+    facts = [
+        ("data", str(data)),
+        ("machine", machine()),
+        ("seed", str(seed)),
+        ("time", f"{total / 60:.1f} minutes for all runs"),
+        ("runs", json.dumps({name: run.epochs for name, run in study.runs.items()})),
+    ]
+    path = study.output / "report.html"
+    write_report(path, study.description.get("title", "Report"), facts, tables, pictures)
+    return path

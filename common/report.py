@@ -79,7 +79,7 @@ $body</body>
 
 @dataclass(frozen=True)
 class _Cell:
-    """What a cell shows, the number it stands for in a comparison (None: it takes no part), and whether it is text."""
+    """What a cell shows, the number it is compared by (None: it takes no part), and whether it is set as text."""
 
     text: str
     number: float | None = None
@@ -96,7 +96,7 @@ def _cell(value: Any, digits: int) -> _Cell:
     if value is None:
         return _Cell(NOTHING)
     if isinstance(value, str):
-        return _Cell(value, is_text=True)
+        return _Cell(value, is_text=not value.strip().isdecimal())
     several = isinstance(value, Sequence)
     numbers = list(value) if several else [value]
     if not all(number is None or isinstance(number, Real) for number in numbers):

@@ -132,9 +132,19 @@ def test_report_shows_tables_with_the_best_in_bold(tmp_path: Path):
     assert page.texts["h1"] == page.texts["title"] == ["Report"]
     assert (page.texts["dt"], page.texts["dd"]) == (["seed"], ["0"])
     assert page.texts["p"] == ["validation cases", "at the end"]
+    # Counts stand under numbers, words to the left.
+    assert 'class="text"' not in text
     # On a narrow screen the table scrolls, not the page.
     assert '<div class="scroll"' in text
     assert re.search(r"\.scroll \{[^}]*overflow-x: auto", text)
+
+
+def test_a_column_of_words_is_set_to_the_left(tmp_path: Path):
+    columns = [{"key": "from", "title": "weights from"}, *COLUMNS]
+    rows = [{**row, "from": "teacher"} for row in ROWS]
+    text, _ = render(tmp_path, tables=[{"title": "t", "columns": columns, "rows": rows}])
+    assert text.count('class="text"') == 3
+    assert '<th scope="col" class="text">weights from</th>' in text
 
 
 def test_a_table_without_rows_says_so(tmp_path: Path):

@@ -79,6 +79,12 @@ def preflight(
         check_output(folder)
     if not training:
         raise BadInput("the section 'training' is empty; at least one labelled case is needed.")
+    for target in targets:
+        if not any(entry.get(target["name"]) is not None for entry in training):
+            raise BadInput(
+                f"`targets` names {target['name']!r}, but no training case of {datalist} has that key; there is nothing to "
+                "learn it from."
+            )
     if Path(datalist).is_file():
         check_labels(read_datalist(datalist), labels)
     if divisor is not None and patch_size is not None:

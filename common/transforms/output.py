@@ -134,11 +134,12 @@ class SplitOutputd(MapTransform):
 class MaskTargetd(MapTransform):
     """Keep a dense target's map only where it has a meaning: inside its structure in the predicted segmentation.
 
+    A target's ``minimum`` (0 unless it says otherwise: no wall has a negative thickness; null for none) bounds its map.
+
     Args:
         targets: the targets' descriptions; those of one number a case are left alone.
         segmentation_key: the predicted label map (1, *spatial), on the grid of the maps; without it nothing is masked.
         mask: whether to set a map to 0 outside its structure.
-        non_negative: whether to lift negative values to 0: no wall has a negative thickness.
     """
 
     def __init__(
@@ -146,20 +147,18 @@ class MaskTargetd(MapTransform):
         targets: Sequence[Target],
         segmentation_key: str = "segmentation",
         mask: bool = True,
-        non_negative: bool = True,
     ) -> None:
         super().__init__(segmentation_key, allow_missing_keys=True)
         self.targets = [target for target in targets if target["kind"] == "dense"]
         self.segmentation_key = segmentation_key
         self.mask = mask
-        self.non_negative = non_negative
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for target in self.targets:
             key, deviation_key = f"{target['name']}_pred", f"{target['name']}_std"
-            if self.non_negative:
-                d[key] = d[key].clamp_min(0)
+            if target.get("minimum", 0) is not None:
+                d[key] = d[key].clamp_min(float(target.get("minimum", 0)))
             structures = _structure_ids(target)
             if self.mask and structures and self.segmentation_key in d:
                 inside = _inside(_plain(d[self.segmentation_key]), structures)

@@ -123,7 +123,7 @@ def test_mask_keeps_the_structure_and_no_negative_thickness() -> None:
     assert d["thickness_pred"].flatten().tolist() == [0, 0, 0, 2, 4]
     assert d["thickness_std"].flatten().tolist() == [0, 0, 0.5, 0.5, 0.5]
     assert isinstance(d["thickness_pred"], MetaTensor)
-    unmasked = MaskTargetd([THICKNESS], mask=False, non_negative=False)(make_case())
+    unmasked = MaskTargetd([{**THICKNESS, "minimum": None}], mask=False)(make_case())
     assert unmasked["thickness_pred"].flatten().tolist() == [9, 9, -1, 2, 4]
 
 

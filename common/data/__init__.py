@@ -1,0 +1,38 @@
+"""Datalists, phantoms, thickness from masks, and reproducible streams of batches."""
+
+from __future__ import annotations
+
+from .datalist import (
+    SECTIONS,
+    case_keys,
+    case_name,
+    check_cases,
+    check_labels,
+    check_output,
+    load_section,
+    read_datalist,
+)
+from .inputs import find_cases
+from .phantom import generate_phantoms
+from .streams import EpochSampler, SeededDataset, StreamLoader, collate_plain, make_loader, whole_cases
+from .thickness import wall_thickness
+
+__all__ = [
+    "SECTIONS",
+    "EpochSampler",
+    "SeededDataset",
+    "StreamLoader",
+    "case_keys",
+    "case_name",
+    "check_cases",
+    "check_labels",
+    "check_output",
+    "collate_plain",
+    "find_cases",
+    "generate_phantoms",
+    "load_section",
+    "make_loader",
+    "read_datalist",
+    "wall_thickness",
+    "whole_cases",
+]

@@ -1,0 +1,485 @@
+"""Datalists in the style of the Medical Segmentation Decathlon (Antonelli et al. 2022), read and checked early.
+
+A datalist is a JSON file with the sections ``training``, ``unlabeled``, ``validation`` and ``testing``. An entry names
+the ``image``, the ``label`` and any regression target; its paths are relative to the datalist's own folder. ``labels``
+maps ids to names::
+
+    {
+        "labels": {"0": "background", "1": "lumen", "2": "wall"},
+        "training": [{"image": "images/a.nii.gz", "label": "labels/a.nii.gz", "thickness": "maps/a.nii.gz"}],
+        "unlabeled": [{"image": "images/b.nii.gz"}]
+    }
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from ..errors import BadInput
+
+__all__ = [
+    "SECTIONS",
+    "Grid",
+    "case_keys",
+    "case_name",
+    "check_cases",
+    "check_labels",
+    "check_output",
+    "describe_error",
+    "dicom_files",
+    "grid_difference",
+    "is_nifti",
+    "load_section",
+    "read_datalist",
+    "read_grid",
+]
+
+SECTIONS = ("training", "unlabeled", "validation", "testing")
+_SUFFIXES = (".nii.gz", ".seg.nrrd", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", ".jpg")
+_IMAGE_ONLY = ("unlabeled",)
+_GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid seldom agree to the last digit
+_MOST_PROBLEMS = 20
+_MOST_FILES = 5
+
+PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def _first_path(value: PathOrPaths) -> str:
+    return os.fspath(value) if isinstance(value, (str, os.PathLike)) else os.fspath(value[0])
+
+
+def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
+    """The name of a case: the image's file name without its suffix, or the name of a DICOM folder.
+
+    Args:
+        case: a datalist entry (its ``image`` counts), a path, or one path a channel (the first counts).
+    """
+    name = Path(_first_path(case["image"] if isinstance(case, Mapping) else case)).name
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def case_keys(targets: Sequence[Mapping[str, Any]] = (), label: bool = True) -> list[str]:
+    """The keys of a training entry: ``image``, ``label`` and the names of the regression targets."""
+    return ["image", *(["label"] if label else []), *(target["name"] for target in targets)]
+
+
+def read_datalist(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a datalist and check its form (not its files).
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        The file's content with every entry a dict (a plain string becomes ``{"image": string}``) and the datalist's own
+        folder and path under ``"folder"`` and ``"path"``.
+
+    Raises:
+        BadInput: the file is missing, is not JSON, has no section, or an entry is malformed.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadInput(
+            f"datalist {path} not found; set `datalist` to a JSON file with the sections {', '.join(SECTIONS)}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f"datalist {path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"datalist {path} can't be read as text: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(
+            f"datalist {path} holds a {type(content).__name__}; expected an object with {', '.join(SECTIONS)}"
+        )
+    if not any(section in content for section in SECTIONS):
+        raise BadInput(
+            f"datalist {path} has none of the sections {', '.join(SECTIONS)}; found the keys {sorted(content)}"
+        )
+    if not isinstance(content.get("labels", {}), dict):
+        raise BadInput(f'datalist {path}: `labels` must map ids to names, like {{"0": "background", "1": "liver"}}')
+    for section in SECTIONS:
+        if section in content:
+            content[section] = _checked_entries(path, section, content[section])
+    return {**content, "folder": str(path.resolve().parent), "path": str(path)}
+
+
+def _checked_entries(path: Path, section: str, entries: Any) -> list[dict[str, Any]]:
+    if not isinstance(entries, list):
+        raise BadInput(f"datalist {path}: `{section}` is a {type(entries).__name__}; expected a list of entries")
+    checked = []
+    for index, item in enumerate(entries):
+        where = f"datalist {path}: entry {index} of `{section}`"
+        entry = {"image": item} if isinstance(item, str) else item
+        if not isinstance(entry, dict):
+            raise BadInput(
+                f'{where} is a {type(item).__name__}; expected an object like {{"image": "images/a.nii.gz"}}'
+            )
+        if "image" not in entry:
+            raise BadInput(f"{where} has no `image`; found the keys {sorted(entry)}")
+        for key in ("image", "label"):
+            if key in entry and not _is_path(entry[key]):
+                raise BadInput(
+                    f"{where}: `{key}` is {entry[key]!r}; expected a file path (or a list of them, one a channel)"
+                )
+        if not isinstance(entry.get("annotated", []), list):
+            raise BadInput(
+                f"{where}: `annotated` is {entry['annotated']!r}; expected a list of label ids like [0, 1, 3]"
+            )
+        checked.append(entry)
+    return checked
+
+
+def _is_path(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) and item for item in value)
+
+
+def load_section(
+    datalist: str | os.PathLike | Mapping[str, Any],
+    section: str,
+    keys: Sequence[str] = ("image", "label"),
+    required: bool = True,
+    optional: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """The entries of a section, with absolute paths and no other keys than asked for.
+
+    Args:
+        datalist: a datalist's path, or what :func:`read_datalist` returned.
+        section: ``training``, ``unlabeled``, ``validation`` or ``testing``.
+        keys: what every entry must have; ``unlabeled`` is only asked for ``image``, whatever ``keys`` says.
+        required: whether an empty or absent section is an error.
+        optional: keys that are taken along where an entry has them (besides ``annotated`` and ``patient``).
+
+    Returns:
+        One dict an entry. Empty when the section is and ``required`` is False.
+
+    Raises:
+        BadInput: the section is unknown or (if ``required``) empty, an entry lacks a key, or files do not exist.
+    """
+    content = datalist if isinstance(datalist, Mapping) else read_datalist(datalist)
+    name = content.get("path", "datalist")
+    if section not in SECTIONS:
+        raise BadInput(f"`{section}` is no section of a datalist; choose from {', '.join(SECTIONS)}")
+    entries = content.get(section) or []
+    if not entries:
+        if not required:
+            return []
+        raise BadInput(f"datalist {name} has no entries in `{section}`. {_ADVICE[section]}")
+    if section in _IMAGE_ONLY:
+        keys = ("image",)
+    folder = Path(content.get("folder", "."))
+    wanted = [*keys, *(key for key in (*optional, "annotated", "patient") if key not in keys)]
+    loaded, absent = [], []
+    for index, entry in enumerate(entries):
+        for key in keys:
+            if entry.get(key) is None:
+                raise BadInput(
+                    f"datalist {name}: entry {index} of `{section}` ({case_name(entry)}) has no `{key}`; "
+                    f"found the keys {sorted(entry)}"
+                )
+        case = {}
+        for key in wanted:
+            if entry.get(key) is None:
+                continue
+            case[key] = _absolute(folder, entry[key]) if key not in ("annotated", "patient") else entry[key]
+            if key not in ("annotated", "patient") and _is_path(case[key]):
+                paths = [case[key]] if isinstance(case[key], str) else case[key]
+                absent += [path for path in paths if not os.path.exists(path)]
+        loaded.append(case)
+    if absent:
+        shown = ", ".join(absent[:_MOST_FILES])
+        more = f" and {len(absent) - _MOST_FILES} more" if len(absent) > _MOST_FILES else ""
+        raise BadInput(
+            f"datalist {name}: {len(absent)} file(s) of `{section}` do not exist: {shown}{more}. "
+            f"Paths are taken relative to {folder}"
+        )
+    return loaded
+
+
+_ADVICE = {
+    "training": "Training needs labelled cases: list their `image` and `label` there.",
+    "unlabeled": (
+        "Semi-supervised training needs images without labels there; "
+        "where there are none, train the teacher bundle instead, which needs only `training`."
+    ),
+    "validation": "List a few labelled cases there; they choose the weights that are kept.",
+    "testing": "List the cases to evaluate there.",
+}
+
+
+def _absolute(folder: Path, value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.normpath(folder / Path(value).expanduser())
+    if isinstance(value, list):
+        return [_absolute(folder, item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a file's voxels are: spatial shape, number of channels, 4 x 4 affine (voxel index to RAS millimetres)."""
+
+    shape: tuple[int, ...]
+    channels: int
+    affine: np.ndarray
+
+
+def is_nifti(path: str | os.PathLike) -> bool:
+    """Whether a path's suffix is that of a NIfTI file."""
+    return str(path).lower().endswith((".nii", ".nii.gz"))
+
+
+def dicom_files(folder: str | os.PathLike) -> list[str]:
+    """The slice files of the one DICOM series in a folder, in the order of their position.
+
+    Raises:
+        BadInput: the folder holds no DICOM series, or more than one.
+    """
+    import itk
+
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.AddSeriesRestriction("0008|0021")
+    names.SetDirectory(os.fspath(folder))
+    series = list(names.GetSeriesUIDs())
+    if not series:
+        raise BadInput(
+            f"{folder} is a folder without a DICOM series; expected an image file, or a folder with one series"
+        )
+    if len(series) > 1:
+        counts = ", ".join(f"{uid} ({len(names.GetFileNames(uid))} files)" for uid in series[:3])
+        raise BadInput(f"{folder} holds {len(series)} DICOM series: {counts}; keep one series a folder")
+    return list(names.GetFileNames(series[0]))
+
+
+def read_grid(path: PathOrPaths) -> Grid:
+    """Read the grid from a file's header, without its voxels.
+
+    Args:
+        path: a NIfTI file, any file ITK reads, a folder with one DICOM series, or a list of files, one a channel.
+
+    Raises:
+        BadInput: the header can't be read, the file is shorter than it says, or a list's files are on different grids.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        grids = [read_grid(item) for item in path]
+        for item, grid in zip(path, grids, strict=True):
+            difference = grid_difference(grids[0], grid)
+            if difference:
+                raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}")
+        return Grid(grids[0].shape, sum(grid.channels for grid in grids), grids[0].affine)
+    try:
+        return _nifti_grid(path) if is_nifti(path) else _itk_grid(path)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"{path} can't be opened as an image: {describe_error(error)}") from error
+
+
+def describe_error(error: BaseException) -> str:
+    """A library's error in one line."""
+    # The reason that ITK gives is the operating system's last one, which seldom is the cause.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Reason:")]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def _nifti_grid(path: str | os.PathLike) -> Grid:
+    image = nibabel.load(path)
+    shape = image.shape
+    if str(path).lower().endswith(".nii"):
+        expected = int(image.dataobj.offset) + math.prod(shape) * image.header.get_data_dtype().itemsize
+        if os.path.getsize(path) < expected:
+            raise BadInput(f"{path} is truncated: {os.path.getsize(path)} bytes, its header promises {expected}")
+    spatial, rest = shape[:3], shape[3:]
+    return Grid(tuple(int(size) for size in spatial), math.prod(rest), np.asarray(image.affine, dtype=float))
+
+
+def _itk_grid(path: str | os.PathLike) -> Grid:
+    import itk
+
+    files = dicom_files(path) if os.path.isdir(path) else [os.fspath(path)]
+    headers = [_itk_header(itk, name) for name in dict.fromkeys((files[0], files[-1]))]
+    first, last = headers[0], headers[-1]
+    rank = min(first.GetNumberOfDimensions(), 3)
+    shape = [int(first.GetDimensions(axis)) for axis in range(rank)]
+    affine = np.eye(4)
+    for axis in range(rank):
+        affine[:rank, axis] = np.asarray(first.GetDirection(axis))[:rank] * first.GetSpacing(axis)
+    affine[:rank, 3] = [first.GetOrigin(axis) for axis in range(rank)]
+    if len(files) > 1:
+        step = [last.GetOrigin(axis) - first.GetOrigin(axis) for axis in range(3)]
+        affine[:3, 2] = np.asarray(step) / (len(files) - 1)
+        shape[2:] = [len(files)]
+    return Grid(tuple(shape), int(first.GetNumberOfComponents()), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+
+
+def _itk_header(itk: Any, name: str) -> Any:
+    header = itk.ImageIOFactory.CreateImageIO(name, itk.CommonEnums.IOFileMode_ReadMode)
+    if header is None:
+        raise BadInput(f"{name} is in no format that can be read; expected NIfTI, NRRD, MHA or DICOM")
+    header.SetFileName(name)
+    header.ReadImageInformation()
+    return header
+
+
+def grid_difference(one: Grid, other: Grid) -> str | None:
+    """How two grids differ, as words for a message; None when they are the same to a tenth of a voxel."""
+    if one.shape != other.shape:
+        return f"their shapes differ: {list(one.shape)} and {list(other.shape)}"
+    rank = len(one.shape)
+    extent = np.asarray(one.shape, dtype=float) - 1
+    corners = np.stack(np.meshgrid(*[(0.0, size) for size in extent], indexing="ij"), axis=-1).reshape(-1, rank)
+    placed = [corners @ affine[:rank, :rank].T + affine[:rank, -1] for affine in (one.affine, other.affine)]
+    apart = float(np.linalg.norm(placed[0] - placed[1], axis=1).max())
+    spacing = np.linalg.norm(one.affine[:rank, :rank], axis=0)
+    if apart <= _GRID_TOLERANCE * float(spacing.min()):
+        return None
+    return f"their corners lie up to {apart:.3g} mm apart (origin, spacing or orientation differs)"
+
+
+def check_labels(datalist: Mapping[str, Any], labels: Mapping[str, str]) -> None:
+    """Check that the datalist and the config name the same structures.
+
+    Args:
+        datalist: what :func:`read_datalist` returned; one without ``labels`` passes.
+        labels: the config's label ids and names, ids 0 to K - 1.
+
+    Raises:
+        BadInput: the ids are not 0 to K - 1, or the two differ.
+    """
+    wanted = {str(key): str(name) for key, name in labels.items()}
+    if sorted(wanted) != sorted(str(index) for index in range(len(wanted))):
+        raise BadInput(f"`labels` has the ids {sorted(wanted)}; expected 0 to {len(wanted) - 1} without a gap")
+    found = {str(key): str(name) for key, name in (datalist.get("labels") or {}).items()}
+    if found and found != wanted:
+        raise BadInput(
+            f"datalist {datalist.get('path', '')} has the labels {found}, the config's `labels` is {wanted}; "
+            "make them the same"
+        )
+
+
+def check_cases(
+    entries: Sequence[Mapping[str, Any]],
+    labels: Mapping[str, str] | None = None,
+    channels: int | None = None,
+    targets: Sequence[Mapping[str, Any]] = (),
+    patch_size: Sequence[int] | None = None,
+    validation: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Check cases by their headers, which takes milliseconds a case, so that a run does not stop at its hundredth.
+
+    Every file opens; label and dense targets are on the image's grid; the images have ``channels`` channels; case-level
+    targets are numbers; ``annotated`` names known ids; no patient is in training and in validation.
+
+    Args:
+        entries: entries of :func:`load_section`; any of ``label`` and the targets may be absent.
+        labels: label ids and names.
+        channels: channels of an image.
+        targets: descriptions of the regression targets.
+        patch_size: the network's patch; its length is the number of spatial dimensions that an image must have.
+        validation: entries of the validation section, checked likewise and for patients they share with ``entries``.
+
+    Raises:
+        BadInput: one message with all problems (the first 20 and the count).
+    """
+    problems: list[str] = []
+    for entry in (*entries, *validation):
+        problems += _case_problems(entry, labels, channels, targets, patch_size)
+    shared = _shared_cases(entries, validation)
+    problems += [f"{what} is in training and in validation; a patient belongs to one of them" for what in shared]
+    if problems:
+        more = len(problems) - _MOST_PROBLEMS
+        listed = "\n  ".join(problems[:_MOST_PROBLEMS])
+        raise BadInput(
+            f"{len(problems)} problem(s) in the data:\n  {listed}" + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+
+def _shared_cases(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[str]:
+    def names(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+        found = {("image", _first_path(entry["image"])): f"image {_first_path(entry['image'])}" for entry in entries}
+        patients = {str(entry["patient"]) for entry in entries if entry.get("patient") is not None}
+        return {**found, **{("patient", patient): f"patient {patient}" for patient in patients}}
+
+    ours, theirs = names(training), names(validation)
+    return [ours[key] for key in sorted(ours) if key in theirs]
+
+
+def _case_problems(
+    entry: Mapping[str, Any],
+    labels: Mapping[str, str] | None,
+    channels: int | None,
+    targets: Sequence[Mapping[str, Any]],
+    patch_size: Sequence[int] | None,
+) -> list[str]:
+    case, problems = case_name(entry), []
+    try:
+        image = read_grid(entry["image"])
+    except BadInput as error:
+        return [str(error)]
+    if channels is not None and image.channels != channels:
+        problems.append(f"{case}: the image has {image.channels} channel(s), the network takes {channels}")
+    if patch_size is not None and len(image.shape) != len(patch_size):
+        problems.append(
+            f"{case}: the image has {len(image.shape)} spatial dimensions, "
+            f"`patch_size` {list(patch_size)} has {len(patch_size)}"
+        )
+    dense = [target["name"] for target in targets if target.get("kind", "dense") == "dense"]
+    for key in ("label", *dense):
+        if entry.get(key) is None:
+            continue
+        if not _is_path(entry[key]):
+            problems.append(f"{case}: `{key}` is {entry[key]!r}; expected the path of a map")
+            continue
+        try:
+            difference = grid_difference(image, read_grid(entry[key]))
+        except BadInput as error:
+            difference = None
+            problems.append(str(error))
+        if difference:
+            problems.append(f"{case}: image and {key} are not on one grid: {difference} ({entry[key]})")
+    for target in targets:
+        value = entry.get(target["name"])
+        if target["name"] in dense or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            problems.append(f"{case}: `{target['name']}` is {value!r}; expected a number (a {target['kind']} a case)")
+    if labels is not None:
+        unknown = [str(key) for key in entry.get("annotated", []) if str(key) not in map(str, labels)]
+        if unknown:
+            problems.append(f"{case}: `annotated` names the ids {unknown}; `labels` has {list(labels)}")
+    return problems
+
+
+def check_output(folder: str | os.PathLike) -> Path:
+    """Create an output folder and prove that it can be written.
+
+    Raises:
+        BadInput: it can't be created or written.
+    """
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f"output folder {path} can't be written ({error.strerror}); set `output_dir` to one that can"
+        ) from error
+    return path

@@ -1,0 +1,240 @@
+"""Reproducible streams of batches: one loader a kind of data, side by side, each cycling at its own length.
+
+What a batch holds depends on the seed, the epoch, the stream's name and the batch's position alone: not on the number
+of workers, and not on whether the run was interrupted. The sampler draws a seed along with each index, and the
+dataset's random transforms are seeded with it just before they run.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import CacheDataset, MetaTensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from ..errors import BadInput
+
+__all__ = ["EpochSampler", "SeededDataset", "StreamLoader", "collate_plain", "make_loader", "whole_cases"]
+
+
+def _share() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+class EpochSampler(Sampler):
+    """Draws ``samples`` cases an epoch as consecutive random permutations, each with a seed for its random transforms.
+
+    No case is drawn twice before every other was drawn once. In a distributed run all processes draw one sequence, of
+    which each takes its share.
+
+    Args:
+        size: number of cases.
+        samples: number of draws an epoch, for this process.
+        seed: seed of the run.
+
+    Raises:
+        BadInput: there are no cases.
+    """
+
+    def __init__(self, size: int, samples: int, seed: int = 0) -> None:
+        if size < 1:
+            raise BadInput("a stream of training data has no cases; list some in the datalist")
+        self.size = size
+        self.samples = samples
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, stream: str = "") -> None:
+        """Choose the epoch that the next pass draws; passes after it, without a call, are further rounds of it."""
+        self.epoch = epoch
+        self.stream = stream
+        self.round = 0
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        key = [self.seed % 2**32, self.epoch, self.round, zlib.crc32(self.stream.encode())]
+        self.round += 1
+        generator = np.random.default_rng(key)
+        rank, processes = _share()
+        total = self.samples * processes
+        permutations = [generator.permutation(self.size) for _ in range(-(-total // self.size))]
+        indices = np.concatenate(permutations)[:total] if permutations else np.empty(0, dtype=int)
+        seeds = generator.integers(0, 2**31, size=total)
+        return iter([(int(i), int(s)) for i, s in zip(indices[rank::processes], seeds[rank::processes], strict=True)])
+
+
+class SeededDataset(Dataset):
+    """A dataset whose random transforms are seeded anew for each item.
+
+    Args:
+        dataset: a MONAI dataset; its ``transform`` (a ``Compose``) is what gets seeded.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, draw: tuple[int, int]) -> Any:
+        index, seed = draw
+        for randomizable in (self.dataset, getattr(self.dataset, "transform", None)):
+            if hasattr(randomizable, "set_random_state"):
+                randomizable.set_random_state(seed=seed)
+        return self.dataset[index]
+
+
+def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
+    """Collate to plain tensors: without metadata, which costs more to collate than the voxels and training never reads.
+
+    Args:
+        items: dicts, or lists of dicts (transforms that take several samples of a case return those).
+
+    Returns:
+        Tensors and numbers batched along a new first axis; ``annotated`` as a list with each item's ids, or None for an
+        item where all structures are; other entries (paths, metadata) are left out.
+    """
+    flat = [case for item in items for case in (item if isinstance(item, (list, tuple)) else [item])]
+    batch: dict[str, Any] = {}
+    for key, value in flat[0].items():
+        if isinstance(value, (torch.Tensor, np.ndarray, np.number, int, float)) and not isinstance(value, bool):
+            batch[key] = default_collate([_plain(case[key]) for case in flat])
+    if any(case.get("annotated") is not None for case in flat):
+        batch["annotated"] = [case.get("annotated") for case in flat]
+    return batch
+
+
+def _plain(value: Any) -> Any:
+    return value.as_tensor() if isinstance(value, MetaTensor) else value
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    seed: int = 0,
+    num_workers: int = 0,
+    iterations: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """A loader of random training batches, all of the same size.
+
+    Args:
+        dataset: a MONAI dataset (``CacheDataset`` for speed) whose items are dicts.
+        batch_size: cases a batch, for this process.
+        seed: seed of the run.
+        num_workers: loading processes, kept from epoch to epoch; 0 loads in this one.
+        iterations: batches an epoch; by default as many as see each case once.
+        pin_memory: pin the batches for a faster copy to an accelerator.
+    """
+    if batch_size < 1:
+        raise BadInput(f"`batch_size` is {batch_size}; expected 1 or more")
+    if iterations is None:
+        iterations = -(-len(dataset) // batch_size)
+    return DataLoader(
+        SeededDataset(dataset),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), iterations * batch_size, seed),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate_plain,
+        pin_memory=pin_memory,
+        # Without one of its own a loader draws from torch's global generator, and so changes what a network drops out.
+        generator=torch.Generator().manual_seed(seed % 2**63),
+    )
+
+
+def whole_cases(
+    entries: Sequence[Mapping[str, Any]],
+    preprocessing: Callable,
+    targets: Sequence[Mapping[str, Any]],
+    seed: int = 0,
+    num_workers: int = 0,
+) -> DataLoader | None:
+    """A stream of whole volumes, one a batch, for targets that are a number a case; None when there is no such target.
+
+    A crop does not know the number of its case, so these targets are learnt from whole volumes.
+
+    Args:
+        entries: labelled entries; those that have none of the numbers are left out.
+        preprocessing: the deterministic preprocessing.
+        targets: descriptions of the regression targets.
+        seed: seed of the run.
+        num_workers: loading processes.
+
+    Raises:
+        BadInput: no entry has a number for a case-level target.
+    """
+    names = [target["name"] for target in targets if target.get("kind", "dense") != "dense"]
+    if not names:
+        return None
+    cases = [entry for entry in entries if any(entry.get(name) is not None for name in names)]
+    if not cases:
+        raise BadInput(f"`targets` names {names}, a number a case, but no training entry of the datalist has one")
+    return make_loader(CacheDataset(cases, preprocessing), 1, seed, num_workers)
+
+
+class StreamLoader:
+    """Several loaders side by side: each step yields one batch of each.
+
+    A loader that runs out starts over, in a new order. Every pass is a new epoch; :meth:`set_epoch` chooses which, as a
+    resumed run must.
+
+    Args:
+        streams: a loader (:func:`make_loader`) a name; None is left out, so that a config can switch one off.
+        length: steps an epoch.
+
+    Raises:
+        BadInput: no stream is left, or ``length`` is not positive.
+
+    Example::
+
+        loader = StreamLoader({"labeled": make_loader(labeled, 2), "unlabeled": make_loader(unlabeled, 2)}, length=250)
+        for batch in loader:
+            batch["labeled"]["label"], batch["unlabeled"]["image"]
+    """
+
+    def __init__(self, streams: Mapping[str, DataLoader | None], length: int) -> None:
+        self.streams = {name: loader for name, loader in streams.items() if loader is not None}
+        if not self.streams:
+            raise BadInput("no stream of training data: every one of " + ", ".join(streams) + " is null")
+        if length < 1:
+            raise BadInput(f"`iterations_per_epoch` is {length}; expected 1 or more")
+        for name, loader in self.streams.items():
+            if len(loader) < 1:
+                raise BadInput(f"the stream `{name}` yields no batches")
+        self.length = length
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next pass yields."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, dict[str, Any]]]:
+        # A generator, so that the epoch is read at the first step, whenever an engine made the iterator.
+        epoch = self.epoch
+        self.epoch += 1
+        sources = {name: self._batches(name, epoch) for name in self.streams}
+        for _ in range(self.length):
+            yield {name: next(source) for name, source in sources.items()}
+
+    def _batches(self, name: str, epoch: int) -> Iterator[dict[str, Any]]:
+        loader = self.streams[name]
+        if hasattr(loader.sampler, "set_epoch"):
+            if isinstance(loader.sampler, EpochSampler):
+                loader.sampler.set_epoch(epoch, stream=name)
+            else:
+                loader.sampler.set_epoch(epoch)
+        while True:
+            yield from loader

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import itk
+import nibabel
+import numpy as np
+import pytest
+
+from common.data import case_keys, case_name, check_cases, check_labels, check_output, load_section, read_datalist
+from common.data.datalist import read_grid
+from common.errors import BadInput
+
+LABELS = {"0": "background", "1": "lumen", "2": "wall"}
+TARGETS = [
+    {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 1.0},
+    {"name": "volume", "unit": "mL", "kind": "sum"},
+]
+
+
+def write(path: Path, shape=(6, 5, 4), affine=None, dtype=np.float32) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(np.zeros(shape, dtype), np.eye(4) if affine is None else affine), path)
+    return str(path)
+
+
+def write_datalist(folder: Path, **content) -> Path:
+    path = folder / "datalist.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def case(tmp_path):
+    return {
+        "image": write(tmp_path / "image.nii.gz"),
+        "label": write(tmp_path / "label.nii.gz"),
+        "thickness": write(tmp_path / "thickness.nii.gz"),
+        "volume": 1.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/case.01.nii.gz", "case.01"),
+        ("a/b.NII", "b"),
+        ("b.nrrd", "b"),
+        ("b.mha", "b"),
+        ("series/ct-7", "ct-7"),
+        (["m_0000.nii.gz", "m_0001.nii.gz"], "m_0000"),
+        ({"image": "x/y.mhd"}, "y"),
+    ],
+)
+def test_case_name(path, name):
+    assert case_name(path) == name
+
+
+def test_case_keys():
+    assert case_keys(TARGETS) == ["image", "label", "thickness", "volume"]
+    assert case_keys(label=False) == ["image"]
+
+
+def test_datalist_that_is_missing_or_broken(tmp_path):
+    with pytest.raises(BadInput, match=r"none.json not found"):
+        read_datalist(tmp_path / "none.json")
+    broken = tmp_path / "broken.json"
+    broken.write_text('{\n"training": [\n}')
+    with pytest.raises(BadInput, match="line 3"):
+        read_datalist(broken)
+    broken.write_text("[]")
+    with pytest.raises(BadInput, match="holds a list"):
+        read_datalist(broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"test": []}, "none of the sections"),
+        ({"training": {}}, "expected a list"),
+        ({"training": [{"image": "a"}, {"label": "b"}]}, "entry 1 of `training` has no `image`"),
+        ({"training": [3]}, "entry 0 of `training` is a int"),
+        ({"training": [{"image": 3}]}, "`image` is 3"),
+        ({"training": [{"image": "a", "annotated": 1}]}, "list of label ids"),
+        ({"training": [], "labels": ["background"]}, "`labels` must map"),
+    ],
+)
+def test_malformed_datalist(tmp_path, content, message):
+    with pytest.raises(BadInput, match=message):
+        read_datalist(write_datalist(tmp_path, **content))
+
+
+def test_sections_have_absolute_paths_relative_to_the_datalist(tmp_path):
+    image = write(tmp_path / "images/a.nii.gz")
+    label = write(tmp_path / "labels/a.nii.gz")
+    entry = {
+        "image": "images/a.nii.gz",
+        "label": "./labels/a.nii.gz",
+        "volume": 2.0,
+        "annotated": [0, 1],
+        "patient": 7,
+        "note": "x",
+    }
+    path = write_datalist(tmp_path, training=[entry], unlabeled=["images/a.nii.gz"])
+    expected = {"image": image, "label": label, "annotated": [0, 1], "patient": 7}
+    assert load_section(path, "training") == [expected]
+    assert load_section(path, "training", optional=("volume", "thickness")) == [{**expected, "volume": 2.0}]
+    assert load_section(path, "training", keys=("image", "label", "volume")) == [{**expected, "volume": 2.0}]
+    assert load_section(read_datalist(path), "unlabeled") == [{"image": image}]
+
+
+def test_sections_that_lack_something(tmp_path):
+    write(tmp_path / "a.nii.gz")
+    path = write_datalist(tmp_path, training=[{"image": "a.nii.gz"}], unlabeled=[])
+    with pytest.raises(BadInput, match=r"entry 0 of `training` \(a\) has no `label`"):
+        load_section(path, "training")
+    with pytest.raises(BadInput, match="teacher bundle"):
+        load_section(path, "unlabeled")
+    assert load_section(path, "unlabeled", required=False) == []
+    assert load_section(path, "validation", required=False) == []
+    with pytest.raises(BadInput, match="no section"):
+        load_section(path, "train")
+
+
+def test_all_absent_files_are_counted(tmp_path):
+    path = write_datalist(tmp_path, unlabeled=[{"image": f"{index}.nii.gz"} for index in range(7)])
+    with pytest.raises(BadInput, match=r"7 file\(s\).*0\.nii\.gz.*and 2 more"):
+        load_section(path, "unlabeled")
+
+
+def test_good_case_passes(case, tmp_path):
+    other = {"image": write(tmp_path / "b.nii.gz")}
+    check_cases([case, other], labels=LABELS, channels=1, targets=TARGETS, patch_size=(4, 4, 4), validation=[])
+
+
+@pytest.mark.parametrize("key", ["label", "thickness"])
+def test_maps_on_another_grid(case, key, tmp_path):
+    check = {"labels": LABELS, "channels": 1, "targets": TARGETS}
+    with pytest.raises(BadInput, match=rf"image and {key} are not on one grid: their shapes differ"):
+        check_cases([{**case, key: write(tmp_path / "x.nii.gz", shape=(6, 5, 5))}], **check)
+    moved = np.eye(4)
+    moved[0, 3] = 0.5
+    with pytest.raises(BadInput, match=rf"{key} are not on one grid: their corners lie up to 0.5 mm"):
+        check_cases([{**case, key: write(tmp_path / "x.nii.gz", affine=moved)}], **check)
+    moved[0, 3] = 0.01
+    check_cases([{**case, key: write(tmp_path / "x.nii.gz", affine=moved)}], **check)
+
+
+def test_every_problem_is_listed_at_once(case, tmp_path):
+    no_image = tmp_path / "text.nii.gz"
+    no_image.write_text("no image")
+    cases = [
+        {**case, "image": write(tmp_path / "two.nii.gz", shape=(6, 5, 4, 2))},
+        {**case, "volume": "large"},
+        {**case, "thickness": 3.0},
+        {**case, "annotated": [0, 5]},
+        {"image": str(no_image)},
+    ]
+    with pytest.raises(BadInput) as caught:
+        check_cases(cases, labels=LABELS, channels=1, targets=TARGETS, patch_size=(4, 4, 4))
+    message = str(caught.value)
+    for part in (
+        "5 problem(s)",
+        "two: the image has 2 channel(s), the network takes 1",
+        "`volume` is 'large'",
+        "`thickness` is 3.0",
+        "['5']",
+        "text.nii.gz can't be opened",
+    ):
+        assert part in message
+    with pytest.raises(BadInput, match=r"(?s)25 problem.*and 5 more"):
+        check_cases([{**case, "volume": "large"}] * 25, targets=TARGETS)
+
+
+def test_dimensions_must_be_the_networks(case):
+    with pytest.raises(BadInput, match="3 spatial dimensions"):
+        check_cases([case], patch_size=(4, 4))
+
+
+def test_truncated_nifti_is_found_by_its_size(tmp_path):
+    path = Path(write(tmp_path / "a.nii"))
+    check_cases([{"image": str(path)}])
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(BadInput, match="truncated"):
+        check_cases([{"image": str(path)}])
+
+
+def test_patients_and_images_stay_on_one_side(case, tmp_path):
+    other = {"image": write(tmp_path / "b.nii.gz")}
+    with pytest.raises(BadInput, match="patient 7 is in training and in validation"):
+        check_cases([{**case, "patient": 7}], validation=[{**other, "patient": "7"}])
+    with pytest.raises(BadInput, match="is in training and in validation"):
+        check_cases([case], validation=[{**case}])
+    check_cases([{**case, "patient": 7}], validation=[{**other, "patient": 8}])
+
+
+def test_labels_of_datalist_and_config_agree():
+    check_labels({"labels": dict(LABELS)}, LABELS)
+    check_labels({}, LABELS)
+    with pytest.raises(BadInput, match="make them the same"):
+        check_labels({"labels": {"0": "background", "1": "wall", "2": "lumen"}}, LABELS)
+    with pytest.raises(BadInput, match="without a gap"):
+        check_labels({}, {"0": "background", "2": "wall"})
+
+
+def test_output_folder(tmp_path):
+    folder = check_output(tmp_path / "a/b")
+    assert folder.is_dir()
+    assert list(folder.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="can't be written"):
+        check_output(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "mha"])
+def test_headers_agree_between_itk_and_nibabel(tmp_path, suffix):
+    image = itk.image_from_array(np.zeros((4, 5, 6), np.float32))
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((10.0, -20.0, 30.0))
+    image.SetDirection(itk.matrix_from_array(np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])))
+    for name in (f"a.{suffix}", "a.nii.gz"):
+        itk.imwrite(image, str(tmp_path / name))
+    ours, nifti = read_grid(tmp_path / f"a.{suffix}"), read_grid(tmp_path / "a.nii.gz")
+    assert ours.shape == nifti.shape == (6, 5, 4)
+    assert ours.channels == nifti.channels == 1
+    np.testing.assert_allclose(ours.affine, nifti.affine, atol=1e-5)
+
+
+def test_channels_in_several_files(tmp_path):
+    paths = [write(tmp_path / f"{index}.nii.gz") for index in range(2)]
+    check_cases([{"image": paths}], channels=2)
+    paths[1] = write(tmp_path / "1.nii.gz", shape=(3, 3, 3))
+    with pytest.raises(BadInput, match="channels of one case"):
+        check_cases([{"image": paths}], channels=2)

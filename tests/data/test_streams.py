@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from monai.data import CacheDataset, Dataset, MetaTensor
+from monai.transforms import Compose, MapTransform, RandGaussianNoised, RandSpatialCropd
+
+from common.data import EpochSampler, StreamLoader, collate_plain, make_loader
+from common.errors import BadInput
+
+
+class Loadd(MapTransform):
+    """Stands for loading: a deterministic step before the random ones."""
+
+    def __call__(self, data):
+        return {**data, "image": MetaTensor(torch.full((1, 8, 8), float(data["image"])))}
+
+
+def dataset(size: int, cached: bool = True):
+    transform = Compose([Loadd("image"), RandSpatialCropd("image", (4, 4)), RandGaussianNoised("image", 1.0, std=0.01)])
+    cases = [{"image": index, "case": index} for index in range(size)]
+    return CacheDataset(cases, transform, progress=False) if cached else Dataset(cases, transform)
+
+
+def images(loader, stream: str | None = None) -> torch.Tensor:
+    return torch.stack([(batch if stream is None else batch[stream])["image"] for batch in loader])
+
+
+def streams(num_workers: int = 0, seed: int = 0, cached: bool = True) -> StreamLoader:
+    return StreamLoader(
+        {
+            "labeled": make_loader(dataset(3, cached), 2, seed, num_workers),
+            "unlabeled": make_loader(dataset(7, cached), 3, seed, num_workers, iterations=5),
+            "none": None,
+        },
+        length=5,
+    )
+
+
+def epochs(loader: StreamLoader, count: int) -> list[list[torch.Tensor]]:
+    return [[batch[name]["image"] for batch in loader for name in ("labeled", "unlabeled")] for _ in range(count)]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_no_case_twice_before_all_were_drawn_once():
+    drawn = [index for index, _ in EpochSampler(5, 12)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
+    assert len(drawn) == len(EpochSampler(5, 12)) == 12
+    assert drawn[:5] != drawn[5:10]
+    with pytest.raises(BadInput, match="no cases"):
+        EpochSampler(0, 3)
+
+
+def test_processes_share_one_sequence(monkeypatch):
+    whole = list(EpochSampler(7, 6))
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("common.data.streams._share", lambda rank=rank: (rank, 2))
+        shares.append(list(EpochSampler(7, 3)))
+    assert [index for pair in zip(*shares, strict=True) for index, _ in pair] == [index for index, _ in whole]
+    assert len({seed for share in shares for _, seed in share}) == 6
+
+
+def test_a_batch_is_of_plain_tensors():
+    loader = make_loader(dataset(4), 2, iterations=3)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    assert batches[0]["image"].shape == (2, 1, 4, 4)
+    assert type(batches[0]["image"]) is torch.Tensor
+    assert batches[0]["case"].tolist() == batches[0]["image"].mean((1, 2, 3)).round().long().tolist()
+    assert len(make_loader(dataset(5), 2)) == 3
+
+
+def test_collate():
+    items = [
+        [
+            {
+                "image": MetaTensor(torch.ones(1, 2)),
+                "volume": torch.tensor(1.0),
+                "grade": 2,
+                "path": "a",
+                "annotated": [0],
+            }
+        ],
+        [{"image": MetaTensor(torch.zeros(1, 2)), "volume": torch.tensor(2.0), "grade": 3, "path": "b"}],
+    ]
+    batch = collate_plain(items)
+    assert set(batch) == {"image", "volume", "grade", "annotated"}
+    assert batch["image"].tolist() == [[[1, 1]], [[0, 0]]]
+    assert batch["volume"].tolist() == [1, 2]
+    assert batch["grade"].tolist() == [2, 3]
+    assert batch["annotated"] == [[0], None]
+    assert "annotated" not in collate_plain(items[1])
+
+
+def test_every_stream_cycles_on_its_own():
+    loader = streams()
+    assert len(loader) == 5
+    batches = list(loader)
+    assert len(batches) == 5
+    assert all(set(batch) == {"labeled", "unlabeled"} for batch in batches)
+    # Two batches of two see the three labelled cases; the third batch begins another round, in another order.
+    drawn = torch.cat([batch["labeled"]["case"] for batch in batches]).tolist()
+    assert sorted(drawn[:3]) == sorted(drawn[4:7]) == [0, 1, 2]
+    assert not torch.equal(batches[0]["labeled"]["image"], batches[2]["labeled"]["image"])
+
+
+def test_epochs_differ_and_seeds_differ_and_both_repeat():
+    first = epochs(streams(), 2)
+    assert not same(first[0], first[1])
+    assert same(first[0], epochs(streams(), 1)[0])
+    assert not same(first[0], epochs(streams(seed=1), 1)[0])
+
+
+def test_streams_of_equal_cases_draw_differently():
+    loader = StreamLoader({name: make_loader(dataset(6), 2, seed=3) for name in ("one", "two")}, length=3)
+    batches = list(loader)
+    assert any(not torch.equal(batch["one"]["image"], batch["two"]["image"]) for batch in batches)
+
+
+def test_a_resumed_run_sees_the_same_batches():
+    uninterrupted = epochs(streams(), 3)
+    resumed = streams()
+    resumed.set_epoch(2)
+    assert same(uninterrupted[2], epochs(resumed, 1)[0])
+    # So it is when the run before broke off within an epoch.
+    broken = streams()
+    next(iter(broken))
+    broken.set_epoch(1)
+    assert same(uninterrupted[1], epochs(broken, 1)[0])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_workers_change_nothing(cached):
+    alone = epochs(streams(0, cached=cached), 2)
+    together = streams(2, cached=cached)
+    assert all(same(one, other) for one, other in zip(alone, epochs(together, 2), strict=True))
+    together.set_epoch(0)
+    assert same(alone[0], epochs(together, 1)[0])
+
+
+def test_neither_generator_of_the_process_is_touched():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    epochs(streams(), 1)
+    assert torch.equal(torch_before, torch.get_rng_state())
+    assert (numpy_before == np.random.get_state()[1]).all()
+
+
+def test_with_an_engine_that_resumes():
+    def run(epoch: int, until: int) -> dict[int, list[float]]:
+        loader, seen = streams(), {}
+        engine = Engine(lambda engine, batch: seen.setdefault(engine.state.epoch, []).append(batch["labeled"]["image"]))
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: loader.set_epoch(engine.state.epoch))
+        if epoch:
+            engine.load_state_dict({"epoch": epoch, "epoch_length": 5, "max_epochs": until})
+        engine.run(loader, max_epochs=until, epoch_length=None if epoch else 5)
+        return seen
+
+    whole, resumed = run(0, 3), run(2, 3)
+    assert {epoch: len(batches) for epoch, batches in whole.items()} == {1: 5, 2: 5, 3: 5}
+    assert list(resumed) == [3]
+    assert same(whole[3], resumed[3])
+    assert not same(whole[2], whole[3])
+
+
+def test_arguments_that_make_no_sense():
+    loader = make_loader(dataset(2), 1)
+    with pytest.raises(BadInput, match="every one of a is null"):
+        StreamLoader({"a": None}, 3)
+    with pytest.raises(BadInput, match="iterations_per_epoch"):
+        StreamLoader({"a": loader}, 0)
+    with pytest.raises(BadInput, match="`batch_size` is 0"):
+        make_loader(dataset(2), 0)
+    with pytest.raises(BadInput, match="yields no batches"):
+        StreamLoader({"a": torch.utils.data.DataLoader([])}, 3)

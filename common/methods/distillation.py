@@ -50,9 +50,10 @@ class Distillation(Method):
             average gives the labels, since a student that has overtaken its teacher should not be held to it. The
             alignment to the teacher's features ends then as well.
         warm_up: fraction of the run in which the teacher labels even then.
+        deploy: which weights :attr:`deployed` has: those of the ``"network"``, or their ``"moving_average"``.
 
     Raises:
-        BadInput: an unknown ``labels_from``, or ``"moving_average"`` without a ``decay``.
+        BadInput: an unknown ``labels_from`` or ``deploy``, or ``"moving_average"`` without a ``decay``.
     """
 
     frozen = ("teacher",)
@@ -73,12 +74,14 @@ class Distillation(Method):
         decay: float | None = 0.99,
         labels_from: str = "teacher",
         warm_up: float = 0.2,
+        deploy: str = "moving_average",
     ) -> None:
         super().__init__()
-        if labels_from not in ("teacher", "moving_average"):
-            raise BadInput(f"labels_from: found {labels_from!r}, expected 'teacher' or 'moving_average'.")
-        if labels_from == "moving_average" and decay is None:
-            raise BadInput("labels_from is 'moving_average', so decay must be a number such as 0.99, but it is null.")
+        for key, value, source in (("labels_from", labels_from, "teacher"), ("deploy", deploy, "network")):
+            if value not in (source, "moving_average"):
+                raise BadInput(f"{key}: found {value!r}, expected {source!r} or 'moving_average'.")
+            if value == "moving_average" and decay is None:
+                raise BadInput(f"{key} is 'moving_average', so decay must be a number such as 0.99, but it is null.")
         self.network = network
         self.teacher = teacher
         self.class_names = list(class_names)
@@ -92,8 +95,14 @@ class Distillation(Method):
         self.alignment_weight = alignment_weight
         self.average = MovingAverage(network, decay) if decay is not None else None
         self.labels_from = labels_from
+        self.deploy = deploy
         self.warm_up = warm_up
         self.freeze()
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The network to validate and to write."""
+        return self.network if self.deploy == "network" else self.average.module
 
     @property
     def teacher_labels(self) -> bool:

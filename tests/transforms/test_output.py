@@ -46,7 +46,7 @@ def test_log_variances_become_standard_deviations_in_the_targets_unit() -> None:
     output = torch.zeros(5, 1, 1)
     output[4] = math.log(9.0)
     d = SplitOutputd(num_classes=3, targets=[THICKNESS])({"pred": output})
-    assert d["thickness_std"].item() == pytest.approx(3.0 * 2.0)
+    assert d["thickness_std"].item() == pytest.approx(3.0)
     assert d["thickness_std"].shape == (1, 1, 1)
 
 

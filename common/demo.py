@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
         data = options.data.resolve()
         datalist = read_datalist(data / "datalist.json")
         if not datalist.get("validation"):
-            raise BadInput(f"{data / 'datalist.json'}: the section 'validation' is empty; there is nothing to measure on.")
+            raise BadInput(f"{data / 'datalist.json'}: `validation` is empty: nothing can be measured.")
         description = {**_fit(description, datalist), "plan": _PLAN}
     study = Study(description, data, output, [options.seed], options.device)
     failures = study.run_all()

@@ -35,7 +35,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | memory
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(
-            f"{path}: can't be written ({error.strerror or error}); an older file is left as it was. Free some space, or "
+            f"{path}: can't be written ({error.strerror or error}); an older file is as it was. Free some space, or "
             "choose another folder."
         ) from error
     finally:

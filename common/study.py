@@ -156,7 +156,9 @@ class Study:
         if run.epochs > 0:
             settings["train#trainer#max_epochs"] = run.epochs
             files = [str(configs / "train.json"), *overlays]
-            commands.append(self._command(files, {**settings, "output_dir": str(folder / "train"), "ckpt_dir": str(trained)}))
+            commands.append(
+                self._command(files, {**settings, "output_dir": str(folder / "train"), "ckpt_dir": str(trained)})
+            )
         else:
             trained = self._model(run.name, seed).parent
         files = [str(configs / "train.json"), str(configs / "evaluate.json"), *overlays]
@@ -285,6 +287,7 @@ class Study:
     def markdown(self) -> str:
         """The study's tables."""
         from .report import markdown_table
+
         lines = [f"## {self.description.get('title', 'Study')}", ""]
         if "note" in self.description:
             lines += [self.description["note"], ""]

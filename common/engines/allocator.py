@@ -26,4 +26,5 @@ def keep_pages() -> bool:
     except (OSError, AttributeError):
         return False
     settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 256 * 2**20}
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])
+    taken = [mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(taken)

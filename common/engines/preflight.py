@@ -82,13 +82,13 @@ def preflight(
     for target in targets:
         if not any(entry.get(target["name"]) is not None for entry in training):
             raise BadInput(
-                f"`targets` names {target['name']!r}, but no training case of {datalist} has that key; there is nothing to "
+                f"`targets` names {target['name']!r}, but no training case of {datalist} has that key: nothing to "
                 "learn it from."
             )
     if Path(datalist).is_file():
         check_labels(read_datalist(datalist), labels)
     if divisor is not None and patch_size is not None:
-        wrong = [size for size, by in zip(patch_size, divisor) if size % by]
+        wrong = [size for size, by in zip(patch_size, divisor, strict=False) if size % by]
         if len(patch_size) != len(divisor) or wrong:
             raise BadInput(
                 f"patch_size: {list(patch_size)} does not fit the network, whose strides need sides divisible by "
@@ -102,4 +102,3 @@ def preflight(
         Path(output_dir),
         Path(ckpt_dir),
     )
-

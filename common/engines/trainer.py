@@ -131,7 +131,9 @@ class SemiSupervisedTrainer(Trainer):
             optimizer.zero_grad(set_to_none=True)
             with torch.autocast(self.state.device.type, self.precision, enabled=self.precision is not None):
                 terms = self.model(batch, name) if name else self.model(batch)
-            values = dict(zip(terms, torch.stack([t.detach().float().mean() for t in terms.values()]).tolist()))
+            values = dict(
+                zip(terms, torch.stack([t.detach().float().mean() for t in terms.values()]).tolist(), strict=True)
+            )
             if not math.isfinite(values["loss"]):
                 raise BadInput(self._diverged(f"the loss is {values['loss']}", values))
             self.scaler.scale(terms["loss"]).backward()

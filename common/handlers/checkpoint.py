@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-import ignite.distributed as idist
 from torch import nn
 
 from ..errors import BadInput
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class Checkpoint:
     """Writes ``checkpoint.pt`` after every epoch, and the weights to use once, when training completes.
 
-    The weights to use replace ``model.pt`` only at the very end, in one step, so a run that is killed or diverges leaves
-    the former ones in place. By default they are those of the last epoch, as in nnU-Net: weights chosen on the
+    The weights to use replace ``model.pt`` only at the very end, in one step, so a run that is killed or diverges
+    leaves the former ones in place. By default they are those of the last epoch, as in nnU-Net: weights chosen on the
     validation cases make the numbers of those cases too good. With ``select="best"`` they are those of the best
     validation; evaluate them on other cases.
 
@@ -87,8 +87,8 @@ class Checkpoint:
                 item.load_state_dict(saved["state"][name])
         except Exception as error:
             raise BadInput(
-                f"{self.checkpoint_path}: can't resume from it ({type(error).__name__}: {str(error)[:300]}). It may belong "
-                "to a run with another configuration; use another output_dir, or --resume false to start over."
+                f"{self.checkpoint_path}: can't resume from it ({type(error).__name__}: {str(error)[:300]}). It may "
+                "belong to a run with another configuration; use another output_dir, or --resume false to start over."
             ) from error
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
         engine.scaler.load_state_dict(saved["scaler"])

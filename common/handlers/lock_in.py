@@ -38,8 +38,8 @@ class LockIn:
 
     Args:
         network: the network that will be deployed.
-        patterns: names of its parts with ``*`` and ``?``, such as ``encoder.*``; a bare module name means all below. Empty locks
-            nothing.
+        patterns: names of its parts with ``*`` and ``?``, such as ``encoder.*``; a bare module name means all
+            below. Empty locks nothing.
 
     Raises:
         BadInput: a pattern that matches nothing.
@@ -70,10 +70,11 @@ class LockIn:
 
     def locked_state(self) -> Mapping[str, Tensor]:
         """The locked parameters and buffers by name."""
-        return {name: value for name, value in self.network.state_dict().items() if self._matches(name)}
+        everything = {**dict(self.network.named_buffers()), **self.network.state_dict()}
+        return {name: value for name, value in everything.items() if self._matches(name)}
 
     def trainable_parameters(self, module: nn.Module | None = None) -> list[nn.Parameter]:
-        """What is not locked, for the optimiser: of the network, or of a method around it with parameters of its own."""
+        """What is not locked, for the optimiser: of the network, or of a method around it with its own parameters."""
         return [parameter for parameter in (module or self.network).parameters() if parameter.requires_grad]
 
     def digest(self) -> str:
@@ -105,11 +106,14 @@ class LockIn:
         after = self.digest()
         if after != self.before:
             changed = [
-                name for name, value in self.locked_state().items() if state_digest({name: value}) != self._tensors[name]
+                name
+                for name, value in self.locked_state().items()
+                if state_digest({name: value}) != self._tensors[name]
             ]
             raise LockInBroken(
-                f"lock-in: {len(changed)} locked tensors changed during training, first {changed[0]!r}. No weights were "
-                "written. Something other than the optimiser moved them: a moving average, a norm layer in training mode."
+                f"lock-in: {len(changed)} locked tensors changed during training, first {changed[0]!r}. No weights "
+                "were written. Something other than the optimiser moved them: a moving average, a norm layer in "
+                "training mode."
             )
         if self._tensors:
             logger.info("Lock-in holds: %d tensors unchanged, digest %s", len(self._tensors), after[:12])

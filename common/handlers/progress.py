@@ -40,7 +40,9 @@ class Progress:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_on_error)
         if self.evaluator is not None:
-            self.evaluator.add_event_handler(Events.COMPLETED, lambda evaluator: self._add(evaluator, engine.state.epoch))
+            self.evaluator.add_event_handler(
+                Events.COMPLETED, lambda evaluator: self._add(evaluator, engine.state.epoch)
+            )
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import monai
 import torch
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
-import ignite.distributed as idist
 
 from .. import __version__
 from ..engines.configuration import running_config
@@ -49,8 +49,8 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
 class Tracking(MLFlowHandler):
     """MONAI's MLflow handler, which also keeps the config, the weights' digest, the pictures and the lineage.
 
-    By default everything goes to an SQLite file in ``output_dir``. Beside the weights it writes ``model.json``, by which
-    the next stage finds the run they came from.
+    By default everything goes to an SQLite file in ``output_dir``. Beside the weights it writes ``model.json``, by
+    which the next stage finds the run they came from.
 
     Args:
         stage: name of the bundle; the experiment's name.
@@ -103,7 +103,8 @@ class Tracking(MLFlowHandler):
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(
-                Events.COMPLETED, lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch)
+                Events.COMPLETED,
+                lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch),
             )
 
     def start(self, engine: Engine) -> None:

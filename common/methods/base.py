@@ -87,4 +87,3 @@ class Method(nn.Module):
         """Read back what :meth:`state_dict` gave; frozen networks keep their weights."""
         own = {**super().state_dict(), **state_dict} if self.frozen else state_dict
         return super().load_state_dict(own, strict=strict, assign=assign)
-

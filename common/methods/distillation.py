@@ -1,9 +1,11 @@
 """Stage 2: a student learns from few labels and from a teacher's certain predictions on unlabelled volumes.
 
-The loss is ``L_sup + weight * R(t) * L_cons + alignment_weight * L_align``. The teacher labels a weakly augmented view of
-an unlabelled crop, the student learns those labels on a strongly augmented view of the same voxels, only where the
+The loss is ``L_sup + weight * R(t) * L_cons + alignment_weight * L_align``. The teacher labels a weakly augmented view
+of an unlabelled crop, the student learns those labels on a strongly augmented view of the same voxels, only where the
 teacher is certain (FixMatch, Sohn et al., NeurIPS 2020, brought to voxels), and its encoder features stay near the
-teacher's (FitNets, Romero et al., ICLR 2015).
+teacher's (FitNets, Romero et al., ICLR 2015). Boxes of the strong views may be swapped within the batch together with
+their labels (CutMix, Yun et al., ICCV 2019; French et al., BMVC 2020: what segmentation needs is strong, varied
+perturbation).
 """
 
 from __future__ import annotations
@@ -30,6 +32,21 @@ from .moving_average import MovingAverage
 __all__ = ["Distillation"]
 
 
+def random_boxes(batch: Tensor, probability: float) -> Tensor:
+    """A random box in each item of a batch (B, C, *spatial), as a mask (B, 1, *spatial).
+
+    An item has a box with ``probability``, else none; its sides are a quarter to three quarters of the item's.
+    """
+    size = batch.shape[2:]
+    mask = torch.zeros((batch.shape[0], 1, *size), dtype=torch.bool)
+    for item in mask:
+        if torch.rand(()) < probability:
+            sides = [max(1, round(length * (0.25 + 0.5 * float(torch.rand(()))))) for length in size]
+            starts = [int(torch.randint(length - side + 1, ())) for length, side in zip(size, sides, strict=True)]
+            item[(0, *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
+    return mask.to(batch.device)
+
+
 class Distillation(Method):
     """Uncertainty-guided distillation with feature alignment.
 
@@ -45,6 +62,7 @@ class Distillation(Method):
         ramp_up: length of the sigmoid ramp-up as a fraction of the run.
         alignment: feature alignment, or None.
         alignment_weight: its weight.
+        mix_probability: how often a strong view has a box swapped for that of the next unlabelled crop in the batch.
         decay: of the student's moving average. None for none.
         labels_from: ``"teacher"`` (the method as proposed) or ``"moving_average"``: after ``warm_up`` the student's own
             average gives the labels, since a student that has overtaken its teacher should not be held to it. The
@@ -71,6 +89,7 @@ class Distillation(Method):
         ramp_up: float = 0.2,
         alignment: FeatureAlignment | None = None,
         alignment_weight: float = 0.1,
+        mix_probability: float = 0.5,
         decay: float | None = 0.99,
         labels_from: str = "teacher",
         warm_up: float = 0.2,
@@ -93,6 +112,7 @@ class Distillation(Method):
         self.ramp_up = ramp_up
         self.alignment = alignment
         self.alignment_weight = alignment_weight
+        self.mix_probability = mix_probability
         self.average = MovingAverage(network, decay) if decay is not None else None
         self.labels_from = labels_from
         self.deploy = deploy
@@ -111,28 +131,33 @@ class Distillation(Method):
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
-        count = labeled["image"].shape[0]
-        features, logits = self.network.forward_all(torch.cat([labeled["image"], unlabeled["strong"]]))
-        supervised = self.segmentation_loss([level[:count] for level in logits], labeled["label"])
-
+        weak, strong = unlabeled["image"], unlabeled["strong"]
         labeler, other = (self.teacher, self.average) if self.teacher_labels else (self.average, self.teacher)
         with torch.no_grad():
-            estimate = self.estimator(labeler, unlabeled["image"], other)
+            estimate = self.estimator(labeler, weak, other)
             thresholds = self.threshold(self.step / self.total_steps, len(self.class_names))
             mask = confidence_mask(estimate, thresholds.to(estimate.certainty.device))
             kept = kept_fraction(mask, estimate.probabilities)
-        consistency = self.consistency(logits[0][count:], estimate.probabilities, mask)
+            fraction = mask.float().mean()
+            box = random_boxes(strong, self.mix_probability)
+            weak, strong, mask, probabilities = (
+                torch.where(box, view.roll(1, 0), view) for view in (weak, strong, mask, estimate.probabilities)
+            )
 
+        count = labeled["image"].shape[0]
+        features, logits = self.network.forward_all(torch.cat([labeled["image"], strong]))
+        supervised = self.segmentation_loss([level[:count] for level in logits], labeled["label"])
+        consistency = self.consistency(logits[0][count:], probabilities, mask)
         ramp = sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         loss = supervised + self.consistency_weight * ramp * consistency
         terms = {"loss": loss, "segmentation": supervised, "consistency": consistency}
         if self.alignment is not None and self.alignment_weight > 0 and self.teacher_labels:
             with torch.no_grad():
-                teacher_features = self.teacher.encoder(unlabeled["image"])
+                teacher_features = self.teacher.encoder(weak)
             terms["alignment"] = self.alignment([level[count:] for level in features], teacher_features)
             terms["loss"] = loss + self.alignment_weight * terms["alignment"]
-        terms["kept/all"] = mask.float().mean()
-        terms.update({f"kept/{name}": value for name, value in zip(self.class_names, kept)})
+        terms["kept/all"] = fraction
+        terms.update({f"kept/{name}": value for name, value in zip(self.class_names, kept, strict=True)})
         return terms
 
     def after_step(self) -> None:

@@ -205,8 +205,8 @@ def weak_and_strong(
         keys: what moves with ``image``: labels and dense targets where there are any.
         rotation: largest angle of the weak view in degrees.
         translation: largest shift of the weak view, as a share of the patch.
-        thick_axis: the axis along which voxels are much thicker, if any: it is not rotated out of its plane, nor shifted
-            along it.
+        thick_axis: the axis along which voxels are much thicker, if any: it is not rotated out of its plane, nor
+            shifted along it.
         mirror_axes: the axes to mirror, each with probability 0.5; by default all.
         weak_probability: of the weak view's rotation and shift.
         strong_probability: of each disturbance of the strong view: noise, blur, brightness, contrast, low resolution,

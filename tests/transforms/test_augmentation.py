@@ -150,9 +150,7 @@ def test_anisotropic_data_keep_to_their_plane(thick_axis):
     shape = [1, 12, 12, 12]
     ramp = torch.arange(12.0).reshape([1] + [12 if axis == thick_axis else 1 for axis in range(3)])
     case = {"image": ramp.expand(shape).clone(), "label": ramp.expand(shape).to(torch.uint8)}
-    transform = supervised_augmentation(
-        (12, 12, 12), thick_axis=thick_axis, mirror_axes=(), intensity=False
-    )
+    transform = supervised_augmentation((12, 12, 12), thick_axis=thick_axis, mirror_axes=(), intensity=False)
     for seed in range(20):
         patch = draw(transform, case, seed)
         torch.testing.assert_close(patch["image"], case["image"], atol=1e-4, rtol=0)

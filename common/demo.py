@@ -79,7 +79,7 @@ def _report(study: Study, data: Path) -> Path:
     for target in study.targets():
         columns, rows = study.regression_table(target)
         note = (
-            "Error inside the reference structure; 'covered' where the prediction has a value, too, which is all that a "
+            "Error inside the reference structure; 'covered' where the prediction has a value, which is all that a "
             "measurement in the predicted mask can be judged by."
         )
         tables.append({"title": f"Regression: {target}", "note": note, "columns": columns, "rows": rows})

@@ -378,7 +378,7 @@ def _read_voxels(content: Mapping[str, Any], findings: _Findings, labels: Mappin
     foreground = []
     entries = [entry for entry in content["training"] if entry.get("label")]
     if _is_ct(content) or unfinished:
-        for entry in tqdm(entries, desc="reading", unit="case", disable=not progress):
+        for entry in tqdm(entries, desc="reading", unit="case", disable=None if progress else True):
             label = np.rint(_load(_absolute(content, entry["label"]))[0]).astype(int)
             if label.min() < 0 or label.max() >= len(labels):
                 raise BadInput(

@@ -206,8 +206,10 @@ class Study:
         with tqdm(todo, desc=self.description.get("title", "study"), unit="run", disable=None) as bar:
             for run, seed in bar:
                 bar.set_postfix_str(f"{run.name}, seed {seed}")
+                start = time.perf_counter()
                 try:
                     self.execute(run, seed)
+                    tqdm.write(f"{run.name}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
                 except BadInput as error:
                     failures.append(str(error))
                     tqdm.write(f"error: {error}", file=sys.stderr)

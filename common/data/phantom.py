@@ -554,7 +554,7 @@ def generate_phantoms(
     affine = _affine(shape, spacing)
     thickness_sum, thickness_count = 0.0, 0
     cases = [(name, index) for name, count in counts.items() for index in range(count)]
-    for section, index in tqdm(cases, desc="phantoms", unit="case", disable=not progress):
+    for section, index in tqdm(cases, desc="phantoms", unit="case", disable=None if progress else True):
         shifted = section == "unlabeled" or (section == "validation" and index % 2 == 1)
         domain = SHIFTED_DOMAIN if shifted else LABELED_DOMAIN
         case = make_phantom(shape, spacing, seed=(seed, list(counts).index(section), index), domain=domain)

@@ -156,7 +156,7 @@ def write_thickness_maps(
 
     (output / name).mkdir(parents=True, exist_ok=True)
     total, measured, millimetres = 0, 0, 0.0
-    for entry, label_path, path in tqdm(jobs, desc=name, unit="case", disable=not progress):
+    for entry, label_path, path in tqdm(jobs, desc=name, unit="case", disable=None if progress else True):
         label, affine = _read_label(label_path)
         sizes = np.linalg.norm(affine[:3, :3], axis=0)[: label.ndim]
         thickness = wall_thickness(label, sizes, wall, inner, slicewise, axis, smallest_cavity)

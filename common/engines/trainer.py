@@ -122,7 +122,7 @@ class SemiSupervisedTrainer(Trainer):
         self.state.metrics.update(means)
 
     def _iteration(self, engine: SemiSupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, float]:
-        """One step of every optimiser; returns each logged term as a number."""
+        """One step of every optimiser; returns each logged term as a number, ``loss`` being the sum of all losses."""
         batch = _to_device(batchdata, self.state.device, self.non_blocking)
         self.model.train()
         self.method.progress(self.state.iteration - 1, self.state.max_epochs * self.state.epoch_length)
@@ -142,6 +142,8 @@ class SemiSupervisedTrainer(Trainer):
             self.scaler.step(optimizer)
             self.scaler.update()
             logged.update({f"{name}/{key}" if name else key: value for key, value in values.items()})
+        if "" not in self.optimizers:
+            logged["loss"] = sum(logged[f"{name}/loss"] for name in self.optimizers)
         self.method.after_step()
         return logged
 

@@ -35,9 +35,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def find_bad_input(error: BaseException) -> str | None:
     """The message of the :class:`BadInput` behind ``error``, however often it was wrapped; None where there is none."""
     for link in _chain(error):
-        if isinstance(link, BadInput):
-            return str(link)
-        found = _IN_WORKER_TEXT.findall(str(link))
+        text = str(link)
+        # What a data-loading worker raised comes back as the same class, with the traceback's text as its message.
+        if isinstance(link, BadInput) and not text.startswith("Caught BadInput in "):
+            return text
+        found = _IN_WORKER_TEXT.findall(text)
         if found:
             return found[-1].strip()
     return None

@@ -98,6 +98,7 @@ def save_overview(
     target_reference: np.ndarray | None = None,
     unit: str = "mm",
     missing: float | None = 0,
+    structures: Sequence[int] = (),
     spacing: Sequence[float] | None = None,
     title: str = "",
 ) -> None:
@@ -115,6 +116,8 @@ def save_overview(
         target_reference: its reference, same shape; NaN means no value.
         unit: the target's unit, beside the colour bars.
         missing: another value of ``target_reference`` that means no value; None for none.
+        structures: labels inside which the target is meant: the map is shown where one is predicted. Empty shows
+            it everywhere.
         spacing: size of a voxel in mm an axis; 1 where None.
         title: a line above the columns.
 
@@ -153,8 +156,13 @@ def save_overview(
         elif column in ("map", "error"):
             values = np.asarray(planes["target_prediction"], dtype=float)
             if column == "map":
-                values = np.ma.masked_where(~np.isfinite(values) | (values == 0), values)
-                scale = _largest(values if known is None else np.where(known, planes["target_reference"], 0))
+                hidden = ~np.isfinite(values) | (values == 0)
+                if len(structures) and planes["prediction"] is not None:
+                    hidden |= ~np.isin(planes["prediction"], structures)
+                values = np.ma.masked_where(hidden, values)
+                scale = max(
+                    _largest(values), 0.0 if known is None else _largest(np.where(known, planes["target_reference"], 0))
+                )
                 options = {"cmap": "viridis", "vmin": 0.0, "vmax": scale}
             else:
                 values = np.ma.masked_where(~known, values - np.where(known, planes["target_reference"], 0))
@@ -282,7 +290,10 @@ class StagePicture:
             planes, spacing = _in_plane(arrays, voxel_spacing(grid))
             # Copies, or each slice would keep its whole volume in memory.
             copies = {key: None if plane is None else plane.copy() for key, plane in planes.items()}
-            options = {"unit": target.get("unit", ""), "missing": target.get("missing", 0)} if target else {}
+            options: dict[str, Any] = {}
+            if target:
+                options = {"unit": target.get("unit", ""), "missing": target.get("missing", 0)}
+                options["structures"] = np.atleast_1d(target.get("structure", [])).tolist()
             pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
         return {"case": case_name(_case_file(case)), "dice": self._mean_dice(**labels), "pictures": pictures}
 

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.engines import distributed_device, start_distributed, stop_distributed
+from common.errors import BadInput
+
+TWO_PROCESSES = """
+import sys
+import torch
+import torch.distributed as dist
+from common.engines import SemiSupervisedTrainer, distributed_device, start_distributed, stop_distributed
+from common.methods import Method
+
+
+class Line(Method):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, batch, optimizer=""):
+        return {"loss": (self.weight * batch["labeled"]["image"] - batch["labeled"]["label"]).square().mean()}
+
+
+start_distributed()
+rank = dist.get_rank()
+batch = {"labeled": {"image": torch.tensor([1.0]), "label": torch.tensor([2.0 + 4.0 * rank])}}
+method = Line()
+optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+trainer = SemiSupervisedTrainer("cpu", 1, [batch], method, optimizer, amp=False, gradient_clip=None)
+trainer.run()
+print(f"RESULT {rank} {distributed_device()} {method.weight.item():.6f} {torch.rand(()).item():.6f}", flush=True)
+stop_distributed()
+stop_distributed()
+assert not dist.is_initialized()
+"""
+
+
+def test_without_torchrun_the_message_says_how(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(BadInput, match="torchrun --standalone"):
+        start_distributed()
+    stop_distributed()  # nothing to leave
+
+
+def test_device_of_a_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert distributed_device() == "cuda:3"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert distributed_device() == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed_device() == "cpu"
+
+
+def test_two_processes_take_one_step_together(tmp_path):
+    """Targets 2 and 6 at an image of 1: the mean gradient is -8, so both weights become 0.8; the random states differ."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO_PROCESSES)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    results = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert [result[:3] for result in results] == [["0", "cpu", "0.800000"], ["1", "cpu", "0.800000"]]
+    assert results[0][3] != results[1][3], "dropout and augmentation are not the same in every process"

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import logging
+import math
+
+import ignite.distributed as idist
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from common.engines import SemiSupervisedTrainer
+from common.handlers import Progress
+from common.handlers import progress as module
+from common.methods import Method
+
+
+class Falling(Method):
+    """Its loss is 4, 3, 2 ... by step; the fraction kept 0.25 a step."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.0))
+        self.fail_at = fail_at
+
+    def forward(self, batch, optimizer=""):
+        if self.step == self.fail_at:
+            raise RuntimeError("the plug was pulled")
+        fraction = torch.tensor(0.25 * self.step)
+        return {"loss": self.weight * 0 + 4 - self.step, "kept/all": fraction, "kept/wall": fraction}
+
+
+class Bar:
+    """Stands for tqdm's bar."""
+
+    made: list[Bar]
+
+    def __init__(self, total: int, initial: int, **settings) -> None:
+        self.total, self.count, self.closed, self.shown = total, initial, False, []
+        Bar.made.append(self)
+
+    def set_postfix(self, loss: str, refresh: bool) -> None:
+        self.shown.append(loss)
+
+    def update(self) -> None:
+        self.count += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    Bar.made = []
+    monkeypatch.setattr(module, "tqdm", Bar)
+    return Bar.made
+
+
+def train(handler: Progress, method: Method | None = None, validation: list[float] | None = None) -> None:
+    method = method or Falling()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    trainer = SemiSupervisedTrainer("cpu", 2, [{}, {}], method, optimizer, False, train_handlers=[])
+    if validation is not None:
+        values = iter(validation)
+
+        def find(engine, batch):
+            engine.state.metrics["val_mean_dice"] = next(values)
+            engine.state.metrics["val_matrix"] = torch.zeros(2, 2)
+
+        handler.evaluator = Engine(find)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: handler.evaluator.run([0], 1))
+    handler.attach(trainer)
+    trainer.run()
+
+
+def lines(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "common.handlers.progress"]
+
+
+def test_a_line_an_epoch_and_curves_at_the_end(tmp_path, caplog):
+    folder = tmp_path / "new"
+    with caplog.at_level(logging.INFO):
+        train(Progress(str(folder)))
+    assert lines(caplog) == ["Epoch 1/2: loss 3.5, kept/all 0.125", "Epoch 2/2: loss 1.5, kept/all 0.625"]
+    assert [path.name for path in folder.iterdir()] == ["curves.png"]
+    assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_validation_is_in_the_line_of_its_epoch_only(tmp_path, caplog):
+    handler = Progress(str(tmp_path))
+    with caplog.at_level(logging.INFO):
+        train(handler, validation=[0.75, math.nan])
+    first, second = lines(caplog)
+    assert "val_mean_dice 0.75" in first
+    assert "val_mean_dice" not in second, "an older figure is not this epoch's"
+    assert handler.history["val_mean_dice"] == [(1, 0.75)]
+    assert handler.history["train/loss"] == [(1, 3.5), (2, 1.5)]
+    assert handler.history["train/kept/wall"] == [(1, 0.125), (2, 0.625)]
+    assert "val_matrix" not in handler.history
+
+
+def test_bar_runs_over_the_whole_training(tmp_path, bars):
+    train(Progress(str(tmp_path)))
+    (bar,) = bars
+    assert (bar.total, bar.count, bar.closed) == (4, 4, True)
+    assert bar.shown == ["4", "3", "2", "1"]
+
+
+def test_bar_is_closed_when_the_run_fails_and_no_curves_are_drawn(tmp_path, bars):
+    with pytest.raises(RuntimeError, match="plug"):
+        train(Progress(str(tmp_path)), Falling(fail_at=3))
+    assert bars[0].closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bar_of_a_method_with_several_optimizers(tmp_path, bars):
+    class Pair(Falling):
+        def forward(self, batch, optimizer=""):
+            return {"loss": self.weight * 0 + (1 if optimizer == "first" else 10)}
+
+    method = Pair()
+    optimizers = {name: torch.optim.SGD(method.parameters(), lr=0.1) for name in ("first", "second")}
+    handler = Progress(str(tmp_path))
+    SemiSupervisedTrainer("cpu", 1, [{}], method, optimizers, False, train_handlers=[handler]).run()
+    assert bars[0].shown == ["11"]
+    assert handler.history["train/loss"] == [(1, 11.0)]
+
+
+def test_only_the_first_process_shows_anything(tmp_path, bars, monkeypatch):
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
+    train(Progress(str(tmp_path)))
+    assert bars == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from common.inferers import SlidingWindow
+
+
+class FirstDifference(nn.Module):
+    """Difference to the next voxel along each axis, a channel an axis: turns its sign when mirrored."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat([image.roll(-1, axis) - image for axis in range(2, image.ndim)], dim=1)
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Conv2d(1, 3, 3, padding=1)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (23, 40), (9, 16)])
+def test_without_mixed_precision_it_is_monais(network, size):
+    image = torch.randn(2, 1, *size)
+    expected = SlidingWindowInferer((16, 16), 3, 0.5, mode="gaussian", padding_mode="replicate")(image, network)
+    found = SlidingWindow((16, 16), 3, 0.5, amp=False, padding_mode="replicate")(image, network)
+    assert found.shape == (2, 3, *size)
+    assert torch.equal(found, expected)
+
+
+def test_mirrored_predictions_are_averaged_by_hand():
+    """One window (1, 2, 4, 5): the network's rolled difference, and that of the mirrored row turned back, of which
+    5 - 4 has become 4 - 5."""
+    image = torch.tensor([[[[1.0, 2.0, 4.0, 5.0]]]])
+
+    def network(window: Tensor) -> Tensor:
+        return window.roll(-1, 3) - window
+
+    plain = SlidingWindow((1, 4), amp=False)(image, network)
+    assert plain.flatten().tolist() == pytest.approx([1.0, 2.0, 1.0, -4.0])
+    mirrored = SlidingWindow((1, 4), amp=False, mirror_axes=[1])(image, network)
+    # mirrored back: (5-1, 1-2, 2-4, 4-5) = (4, -1, -2, -1); the mean with (1, 2, 1, -4):
+    assert mirrored.flatten().tolist() == pytest.approx([2.5, 0.5, -0.5, -2.5])
+
+
+@pytest.mark.parametrize(("axes", "passes"), [((), 1), ((0,), 2), ((0, 1), 4), ((0, 1, 2), 8)])
+def test_every_combination_of_axes_is_seen_once(axes, passes):
+    seen = []
+
+    def network(window: Tensor) -> Tensor:
+        seen.append(window.clone())
+        return window
+
+    image = torch.randn(1, 1, 4, 4, 4)
+    found = SlidingWindow((4, 4, 4), amp=False, mirror_axes=axes)(image, network)
+    assert len(seen) == passes
+    assert len({tuple(window.flatten().tolist()) for window in seen}) == passes
+    torch.testing.assert_close(found, image, msg="what does not depend on the direction comes back as it was")
+
+
+def test_mirroring_makes_the_prediction_indifferent_to_mirroring(network):
+    image = torch.randn(1, 1, 16, 16)
+    inferer = SlidingWindow((16, 16), amp=False, mirror_axes=(0, 1))
+    torch.testing.assert_close(inferer(image.flip(3), network).flip(3), inferer(image, network))
+    plain = SlidingWindow((16, 16), amp=False)
+    assert not torch.allclose(plain(image.flip(3), network).flip(3), plain(image, network))
+
+
+def test_windows_are_mirrored_not_the_volume():
+    """The same as mirroring each window by hand before blending."""
+    network = FirstDifference()
+
+    def both(window: Tensor) -> Tensor:
+        return (network(window) + network(window.flip(2)).flip(2)) / 2
+
+    image = torch.randn(1, 1, 20, 30)
+    expected = SlidingWindowInferer((16, 16), 2, 0.5, mode="gaussian")(image, both)
+    torch.testing.assert_close(SlidingWindow((16, 16), 2, 0.5, amp=False, mirror_axes=[0])(image, network), expected)
+
+
+def test_mixed_precision_reaches_the_network(network):
+    formats = []
+    network.register_forward_hook(lambda module, inputs, output: formats.append(output.dtype))
+    image = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        exact = SlidingWindow((16, 16), amp=False)(image, network)
+        mixed = SlidingWindow((16, 16), amp="bf16")(image, network)
+    assert formats == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(mixed.float(), exact, atol=0.05, rtol=0.05)

@@ -42,6 +42,9 @@ def _fit(description: dict[str, Any], datalist: dict[str, Any]) -> dict[str, Any
         for name, run in runs.items():
             if run.get("student") == "student":
                 runs[name] = {**run, "student": "teacher"}
+    if not any("inner" in target for target in datalist.get("targets", [])):
+        # Which labels are the cavity can't be told from the files.
+        runs.pop("geometric", None)
     if not has_targets:
         runs = {name: run for name, run in runs.items() if run["bundle"] != "dual_decoder"}
     return {**description, "runs": runs}

@@ -586,6 +586,7 @@ def generate_phantoms(
                 "structure": WALL,
                 "missing": 0,
                 "scale": round(thickness_sum / thickness_count, 2) if thickness_count else 1.0,
+                "inner": [1],
             }
         ],
         **sections,

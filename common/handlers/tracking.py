@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
         record = json.loads(record_path.read_text())
     except (OSError, ValueError):
         record = {}
-    if record.get("weights") != digest:
+    if not isinstance(record, dict) or record.get("weights") != digest:
         record = {}
     return {"weights": digest, **record}
 
@@ -80,6 +81,8 @@ class Tracking(MLFlowHandler):
         self.parents = {role: read_lineage(path) for role, path in (parents or {}).items() if path}
         self.uri = tracking_uri or f"sqlite:///{(self.output_dir / 'mlruns.db').resolve()}"
         self.config = running_config()
+        if idist.get_rank() != 0:
+            return  # a client makes its database at once, which only one process may do
         _quiet_migrations(self.uri)
         super().__init__(
             tracking_uri=self.uri,
@@ -108,7 +111,12 @@ class Tracking(MLFlowHandler):
             )
 
     def start(self, engine: Engine) -> None:
-        """Open the run and log what is known before training."""
+        """Open a new run and log what is known before training."""
+        self._set_experiment()
+        # MONAI would continue whatever run of the experiment is not finished: one that failed with parameters that
+        # MLflow will not change, or one that another process is busy with.
+        name = self.run_name or time.strftime("run_%Y%m%d_%H%M%S")
+        self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=name)
         super().start(engine)
         for role, lineage in self.parents.items():
             for key in ("weights", "run_id", "tracking_uri"):

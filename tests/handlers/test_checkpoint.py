@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_not_of_this_run(tmp_path, kind):
         else:
             torch.save([1, 2, 3], checkpoint)
     (tmp_path / "models" / "model.pt").unlink()
-    with pytest.raises(BadInput, match=r"checkpoint\.pt: can't resume from it .*another configuration.*--resume false"):
+    with pytest.raises(BadInput, match=r"(?s)checkpoint\.pt: can't resume from it .*another configuration.*--resume false"):
         train(tmp_path, resume=True)
     assert not (tmp_path / "models" / "model.pt").exists()
 

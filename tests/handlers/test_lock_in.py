@@ -52,7 +52,8 @@ def train(network: nn.Module, handlers: list, spoil=lambda network: None, optimi
 
 
 def norm_layer_in_training_mode(network: Network) -> None:
-    network.encoder[1].training = True
+    """As a method that switches modes by itself, within its step."""
+    network.encoder[1].register_forward_pre_hook(lambda layer, inputs: setattr(layer, "training", True))
 
 
 def moving_average_that_writes_back(network: Network) -> None:
@@ -96,7 +97,7 @@ def test_locked_parts_stay_as_they_are_bit_for_bit(caplog):
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (norm_layer_in_training_mode, r"encoder\.1\.running_mean"),
+        (norm_layer_in_training_mode, r"3 locked tensors changed.*encoder\.1\."),
         (moving_average_that_writes_back, r"encoder\.0\.weight"),
         (buffer_that_no_state_dict_has, r"encoder\.passing"),
         (one_weight_by_hand, r"1 locked tensors changed.*encoder\.0\.weight"),
@@ -106,25 +107,12 @@ def test_locked_parts_stay_as_they_are_bit_for_bit(caplog):
 def test_whatever_moves_a_locked_tensor_is_caught_and_no_weights_are_written(tmp_path, spoil, named):
     network = Network()
     lock_in = LockIn(network, ["encoder"])
-    if spoil is norm_layer_in_training_mode:
-        # Its statistics are among the first in the error when its parameters did not move.
-        named = r"encoder\.1\."
     model = tmp_path / "model.pt"
     model.write_bytes(b"old")
     handlers = [lock_in, Checkpoint({}, network, str(tmp_path), str(model))]
     with pytest.raises(LockInBroken, match=named):
         train(network, handlers, spoil)
     assert model.read_bytes() == b"old"
-
-
-def test_statistics_of_a_norm_layer_are_what_moved():
-    network = Network()
-    lock_in = LockIn(network, ["encoder"])
-    before = copy.deepcopy(network.state_dict())
-    with pytest.raises(LockInBroken, match="3 locked tensors changed"):
-        train(network, [lock_in], norm_layer_in_training_mode)
-    changed = [name for name, value in lock_in.locked_state().items() if name in before and not value.equal(before[name])]
-    assert sorted(changed) == ["encoder.1.num_batches_tracked", "encoder.1.running_mean", "encoder.1.running_var"]
 
 
 def test_without_the_lock_the_same_training_moves_everything():

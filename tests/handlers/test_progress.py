@@ -55,21 +55,25 @@ def bars(monkeypatch):
     return Bar.made
 
 
-def train(handler: Progress, method: Method | None = None, validation: list[float] | None = None) -> None:
+class Validation:
+    """An evaluator that finds what it is told, once an epoch."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = iter(values)
+        self.evaluator = Engine(self._find)
+
+    def _find(self, engine: Engine, batch: int) -> None:
+        engine.state.metrics["val_mean_dice"] = next(self.values)
+        engine.state.metrics["val_matrix"] = torch.zeros(2, 2)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.evaluator.run([0], 1))
+
+
+def train(*handlers, method: Method | None = None) -> None:
     method = method or Falling()
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
-    trainer = SemiSupervisedTrainer("cpu", 2, [{}, {}], method, optimizer, False, train_handlers=[])
-    if validation is not None:
-        values = iter(validation)
-
-        def find(engine, batch):
-            engine.state.metrics["val_mean_dice"] = next(values)
-            engine.state.metrics["val_matrix"] = torch.zeros(2, 2)
-
-        handler.evaluator = Engine(find)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: handler.evaluator.run([0], 1))
-    handler.attach(trainer)
-    trainer.run()
+    SemiSupervisedTrainer("cpu", 2, [{}, {}], method, optimizer, False, train_handlers=handlers).run()
 
 
 def lines(caplog) -> list[str]:
@@ -86,9 +90,10 @@ def test_a_line_an_epoch_and_curves_at_the_end(tmp_path, caplog):
 
 
 def test_the_validation_is_in_the_line_of_its_epoch_only(tmp_path, caplog):
-    handler = Progress(str(tmp_path))
+    validation = Validation(0.75, math.nan)
+    handler = Progress(str(tmp_path), validation.evaluator)
     with caplog.at_level(logging.INFO):
-        train(handler, validation=[0.75, math.nan])
+        train(validation, handler)
     first, second = lines(caplog)
     assert "val_mean_dice 0.75" in first
     assert "val_mean_dice" not in second, "an older figure is not this epoch's"
@@ -107,7 +112,7 @@ def test_bar_runs_over_the_whole_training(tmp_path, bars):
 
 def test_bar_is_closed_when_the_run_fails_and_no_curves_are_drawn(tmp_path, bars):
     with pytest.raises(RuntimeError, match="plug"):
-        train(Progress(str(tmp_path)), Falling(fail_at=3))
+        train(Progress(str(tmp_path)), method=Falling(fail_at=3))
     assert bars[0].closed
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from monai.bundle import ConfigParser
+
+from common.engines import SemiSupervisedTrainer
+from common.errors import BadInput
+from common.handlers import Checkpoint, Tracking, read_lineage, weights_digest
+from common.methods import Method
+from common.networks import save_weights, state_digest
+
+
+class Line(Method):
+    """Its loss is 3, then 1 ...; it may fail at a step."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.network = torch.nn.Linear(1, 1)
+        self.fail_at = fail_at
+
+    def forward(self, batch, optimizer=""):
+        if self.step == self.fail_at:
+            raise BadInput("case_3.nii.gz: can't be read.")
+        return {"loss": self.network.weight.sum() * 0 + 3 - 2 * self.step, "kept/wall": torch.tensor(math.nan)}
+
+
+class Validation:
+    """An evaluator that finds 0.25, then NaN."""
+
+    def __init__(self) -> None:
+        self.values = iter([0.25, math.nan])
+        self.evaluator = Engine(lambda engine, batch: engine.state.metrics.update(val_mean_dice=next(self.values)))
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.evaluator.run([0], 1))
+
+
+class Picture:
+    """Saves a picture when training completes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, lambda: (self.folder / "curves.png").write_bytes(b"PNG"))
+
+
+def train(
+    folder: Path, stage: str, learning_rate: float = 0.1, fail_at: int | None = None, resume: bool = False, **settings
+) -> Path:
+    """Two epochs of one step, configured as a bundle is; returns the weights' path."""
+    output, model = folder / "output", folder / "models" / "model.pt"
+    validation = Validation()
+    parser = ConfigParser(
+        {
+            "learning_rate": learning_rate,
+            "patch_size": [32, 32, 32],
+            "long": "x" * 6000,
+            "doubled": "$2 * @learning_rate",
+            "network_def": {"features": [4, 8]},
+            "evaluator": validation.evaluator,
+            "tracking": {
+                "_target_": "common.handlers.Tracking",
+                "stage": stage,
+                "output_dir": str(output),
+                "model_path": str(model),
+                "evaluator": "@evaluator",
+                **settings,
+            },
+        }
+    )
+    method = Line(fail_at)
+    optimizer = torch.optim.SGD(method.parameters(), lr=learning_rate)
+    state = {"method": method, "optimizer": optimizer}
+    checkpoint = Checkpoint(state, method.network, str(output), str(model), resume)
+    handlers = [validation, Picture(output), checkpoint, parser.get_parsed_content("tracking")]
+    SemiSupervisedTrainer("cpu", 2, [{}], method, optimizer, False, train_handlers=handlers).run()
+    return model
+
+
+def client_of(folder: Path) -> MlflowClient:
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'output' / 'mlruns.db'}")
+
+
+def runs(folder: Path, stage: str) -> list[Run]:
+    client = client_of(folder)
+    experiment = client.get_experiment_by_name(stage)
+    return client.search_runs([experiment.experiment_id], order_by=["attribute.start_time ASC"])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> dict[str, Any]:
+    """A teacher, and a student that starts from it; run in a folder of their own, to see what is left there."""
+    root = tmp_path_factory.mktemp("chain")
+    (root / "here").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root / "here")
+        teacher = train(root / "teacher", "teacher")
+        student = train(root / "student", "student", parents={"teacher": str(teacher), "none": None})
+        left = [path.name for path in (root / "here").iterdir()]
+    (teacher_run,) = runs(root / "teacher", "teacher")
+    (student_run,) = runs(root / "student", "student")
+    return {
+        "root": root,
+        "teacher": teacher,
+        "student": student,
+        "teacher_run": teacher_run,
+        "student_run": student_run,
+        "left": left,
+    }
+
+
+def test_everything_is_under_the_output_folder(chain):
+    assert chain["left"] == []
+    root = chain["root"]
+    assert (root / "teacher" / "output" / "mlruns.db").is_file()
+    for name in ("teacher", "student"):
+        assert f"{root / name / 'output'}" in chain[f"{name}_run"].info.artifact_uri
+        assert sorted(path.name for path in (root / name).iterdir()) == ["models", "output"]
+
+
+def test_parameters(chain):
+    parameters = chain["teacher_run"].data.params
+    assert parameters["learning_rate"] == "0.1"
+    assert parameters["doubled"] == "$2 * @learning_rate"
+    assert parameters["patch_size"] == "[32, 32, 32]"
+    assert parameters["long"] == "x" * 500
+    assert parameters["torch"] == torch.__version__
+    assert {"version", "monai"} <= parameters.keys()
+    assert "network_def" not in parameters, "the config file has it"
+
+
+def test_metrics_by_epoch(chain):
+    client, run_id = client_of(chain["root"] / "teacher"), chain["teacher_run"].info.run_id
+    losses = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "train/loss")]
+    assert losses == [(1, 3.0), (2, 1.0)]
+    dice = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "val_mean_dice")]
+    assert dice == [(1, 0.25)], "a figure that does not exist is not logged"
+    assert "train/kept/wall" not in chain["teacher_run"].data.metrics
+
+
+def test_config_and_pictures_are_kept(chain):
+    client, run_id = client_of(chain["root"] / "teacher"), chain["teacher_run"].info.run_id
+    assert {item.path for item in client.list_artifacts(run_id)} == {"config.json", "pictures"}
+    assert [item.path for item in client.list_artifacts(run_id, "pictures")] == ["pictures/curves.png"]
+    config = json.loads((chain["root"] / "teacher" / "output" / "config.json").read_text())
+    assert config["network_def"] == {"features": [4, 8]}
+    assert config["tracking"]["stage"] == "teacher"
+
+
+def test_weights_digest_and_record(chain):
+    digest = weights_digest(chain["teacher"])
+    run = chain["teacher_run"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["weights"] == digest
+    record = json.loads(chain["teacher"].with_suffix(".json").read_text())
+    assert record == {
+        "stage": "teacher",
+        "run_id": run.info.run_id,
+        "tracking_uri": f"sqlite:///{chain['root'] / 'teacher' / 'output' / 'mlruns.db'}",
+        "weights": digest,
+        "parents": {},
+    }
+
+
+def test_a_student_names_its_teacher(chain):
+    tags = chain["student_run"].data.tags
+    assert tags["parent.teacher.run_id"] == chain["teacher_run"].info.run_id
+    assert tags["parent.teacher.weights"] == weights_digest(chain["teacher"])
+    assert tags["parent.teacher.tracking_uri"].endswith("teacher/output/mlruns.db")
+    assert not [name for name in tags if name.startswith("parent.none")]
+    lineage = read_lineage(chain["student"])
+    assert lineage["stage"] == "student"
+    assert lineage["parents"]["teacher"]["run_id"] == chain["teacher_run"].info.run_id
+
+
+def test_failed_runs_are_marked_and_do_not_stand_in_the_way(tmp_path):
+    """The next run in that folder has another learning rate, which a run can't change once it is logged."""
+    with pytest.raises(BadInput, match="case_3"):
+        train(tmp_path, "teacher", fail_at=1)
+    (failed,) = runs(tmp_path, "teacher")
+    assert failed.info.status == "FAILED"
+    assert failed.data.metrics["train/loss"] == 3.0, "what was known before it failed"
+    assert not (tmp_path / "models" / "model.json").exists()
+    train(tmp_path, "teacher", learning_rate=0.01)
+    first, second = runs(tmp_path, "teacher")
+    assert first.info.run_id == failed.info.run_id
+    assert (first.info.status, first.data.params["learning_rate"]) == ("FAILED", "0.1")
+    assert (second.info.status, second.data.params["learning_rate"]) == ("FINISHED", "0.01")
+
+
+def test_only_the_first_process_tracks(tmp_path, monkeypatch):
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
+    engine = Engine(lambda engine, batch: None)
+    Tracking("teacher", str(tmp_path / "output"), str(tmp_path / "model.pt")).attach(engine)
+    engine.run([0], 1)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    save_weights({"weight": torch.arange(3.0)}, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_digest_is_that_of_the_weights_however_they_are_packed(weights):
+    digest = weights_digest(weights)
+    assert digest == state_digest({"weight": torch.arange(3.0)})
+    torch.save({"weight": torch.arange(3.0)}, weights)
+    assert weights_digest(weights) == digest
+    save_weights({"weight": torch.tensor([0.0, 1.0, 2.0001])}, weights)
+    assert weights_digest(weights) != digest
+
+
+def test_record_beside_the_weights_is_believed_while_it_is_theirs(weights):
+    record = weights.with_suffix(".json")
+    known = {"stage": "teacher", "run_id": "abc", "weights": weights_digest(weights)}
+    record.write_text(json.dumps(known))
+    assert read_lineage(weights) == known
+    save_weights({"weight": torch.zeros(3)}, weights)
+    assert read_lineage(weights) == {"weights": weights_digest(weights)}, "a stale record names the wrong run"
+
+
+@pytest.mark.parametrize("content", [None, "", "{", '{"stage": "teacher"}', "[1, 2]", '"text"'])
+def test_record_that_is_missing_or_damaged(weights, content):
+    if content is not None:
+        weights.with_suffix(".json").write_text(content)
+    assert read_lineage(weights) == {"weights": weights_digest(weights)}
+
+
+def test_a_parent_that_is_not_there_is_said_before_anything_is_made(tmp_path):
+    with pytest.raises(BadInput, match="no such weights file"):
+        Tracking(
+            "student", str(tmp_path / "output"), str(tmp_path / "model.pt"), {"teacher": str(tmp_path / "none.pt")}
+        )

@@ -143,6 +143,7 @@ def test_data_set_on_disk(tmp_path: Path) -> None:
         "structure": 2,
         "missing": 0,
         "scale": 1,
+        "inner": [1],
     }
     assert 0.7 <= target["scale"] <= 4
     assert [entry["domain"] for entry in datalist["validation"]] == ["labeled", "shifted"]

@@ -1,0 +1,60 @@
+"""What the tests of the bundles share: a tiny plan, MONAI's command line, and where the stages leave their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLES = ("teacher", "student", "dual_decoder")
+PARENT = {"student": "teacher", "dual_decoder": "student"}
+
+# A network of some thousand weights; what a plan would decide.
+PLAN = {
+    "patch_size": [16, 16, 16],
+    "features": [4, 8, 8, 8],
+    "kernel_sizes": [3, 3, 3, 3],
+    "strides": [1, 2, 2, 1],
+    "alignment_stages": [2],
+    "attention_window": [2, 2, 2],
+}
+SHORT = {"train#trainer#max_epochs": 2, "iterations_per_epoch": 2, "val_interval": 1, "device": "cpu", "amp": False}
+
+
+def config(bundle: str, name: str) -> str:
+    return str(ROOT / "bundles" / bundle / "configs" / name)
+
+
+def run(files: list[str], settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """``python -m monai.bundle run``, as a user types it."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+    for key, value in settings.items():
+        command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+@dataclass
+class Chain:
+    """What the three stages left behind."""
+
+    data: Path
+    plan: Path
+    root: Path
+
+    def model(self, bundle: str) -> Path:
+        return self.root / bundle / "models" / "model.pt"
+
+    def output(self, bundle: str) -> Path:
+        return self.root / bundle / "train"
+
+    def settings(self, bundle: str) -> dict[str, Any]:
+        settings = {"dataset_dir": str(self.data), **SHORT}
+        if bundle in PARENT:
+            settings[f"{PARENT[bundle]}_path"] = str(self.model(PARENT[bundle]))
+        return settings

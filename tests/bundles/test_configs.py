@@ -1,0 +1,141 @@
+"""The bundles' files: MONAI's own checks, the model zoo's names, and what must be the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_runs import BUNDLES, ROOT, Chain, config
+from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
+
+OVERRIDES = (
+    *("dataset_dir", "datalist", "output_dir", "ckpt_dir", "device", "spacing", "patch_size", "batch_size"),
+    *("iterations_per_epoch", "learning_rate", "val_interval", "amp", "seed", "num_workers", "tracking_uri"),
+    "train#trainer#max_epochs",
+)
+CONVENTIONS = ("bundle_root", "train#trainer", "train#dataset#data", "train#handlers", "validate#evaluator", "run")
+# MONAI's schema of metadata (Apache-2.0), kept here because tests reach no network.
+SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
+PLANNED = ("labels", "channels", "spacing", "patch_size", "intensity", "features", "kernel_sizes", "strides")
+
+
+def merged(bundle: str, *names: str) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([config(bundle, name) for name in names])
+    return parser
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_follows_the_schema(bundle: str, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    shutil.copy(SCHEMA, schema)
+    verify_metadata(meta_file=config(bundle, "metadata.json"), filepath=schema)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_is_as_the_metadata_says(bundle: str) -> None:
+    files = {"meta_file": config(bundle, "metadata.json"), "config_file": config(bundle, "inference.json")}
+    verify_net_in_out("network_def", **files, device="cpu")
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_export_predicts_the_same(bundle: str, chain: Chain, tmp_path: Path) -> None:
+    files = [config(bundle, "inference.json"), str(chain.plan)]
+    script = tmp_path / "model.ts"
+    ckpt_export(
+        "network_def",
+        filepath=script,
+        ckpt_file=str(chain.model(bundle)),
+        key_in_ckpt="model",
+        meta_file=config(bundle, "metadata.json"),
+        config_file=files,
+    )
+    parser = ConfigParser()
+    parser.read_config(files)
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(chain.model(bundle), weights_only=True)["model"])
+    image = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        assert torch.allclose(torch.jit.load(script)(image), network(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_names_that_users_rely_on(bundle: str) -> None:
+    train, inference = merged(bundle, "train.json"), merged(bundle, "inference.json")
+    for key in (*OVERRIDES, *CONVENTIONS):
+        assert key in train, key
+    for key in ("bundle_root", "input", "output_dir", "device", "network_def", "preprocessing", "inferer"):
+        assert key in inference, key
+    assert ("teacher_path" in train, "student_path" in train) == (bundle == "student", bundle == "dual_decoder")
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_one_network_one_preprocessing_one_inferer(bundle: str) -> None:
+    train = merged(bundle, "train.json")
+    evaluate = merged(bundle, "train.json", "evaluate.json")
+    inference = merged(bundle, "inference.json")
+    assert train["network_def"] == evaluate["network_def"] == inference["network_def"]
+    assert train["validate#inferer"] == "@inferer"
+    for settings in ("preprocessing", "inferer"):
+        key = "image_preprocessing" if settings == "preprocessing" else settings
+        found = [dict(train[settings]), dict(evaluate[key]), dict(inference[settings])]
+        for arguments in found:
+            arguments.pop("keys", None)  # labels and targets are only read where there are any
+            arguments.pop("mirror_axes", None)  # an option, off unless asked for
+        assert found[0] == found[1] == found[2]
+    post = [dict(evaluate["postprocessing"]), dict(inference["postprocessing"])]
+    for arguments in post:
+        for key in ("output_dir", "mask", "preprocessing", "segments"):
+            arguments.pop(key, None)
+    assert post[0] == post[1]
+    for key in PLANNED:
+        assert train[key] == inference[key], key
+
+
+def test_the_stages_fit_each_other() -> None:
+    parsers = [merged(bundle, "train.json") for bundle in BUNDLES]
+    for key in PLANNED:
+        assert parsers[0][key] == parsers[1][key] == parsers[2][key], key
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_multi_gpu_does_what_training_does(bundle: str) -> None:
+    train, overlay = merged(bundle, "train.json"), merged(bundle, "multi_gpu_train.json")
+    assert overlay["initialize"][1:] == train["initialize"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "bundles/dual_decoder/configs/ablations").glob("*.json")), ids=lambda p: p.stem
+)
+def test_ablations_make_a_network(path: Path, plan: Path) -> None:
+    parser = ConfigParser()
+    names = ["train.json", "evaluate.json"] if path.stem == "geometric" else ["train.json"]
+    parser.read_config([*(config("dual_decoder", name) for name in names), str(plan), str(path)])
+    network = parser.get_parsed_content("network_def")
+    output = network.eval()(torch.zeros(1, 1, 16, 16, 16))
+    expected = {"regression_only": 1, "geometric": 3}.get(path.stem, 4)
+    assert output.shape == (1, expected, 16, 16, 16)
+
+
+def test_studies_are_json_and_name_what_exists() -> None:
+    from common.study import Study, read_study
+
+    for path in sorted((ROOT / "studies").glob("*.json")):
+        study = Study(read_study(path), Path("data"), Path("output"))
+        for run in study.runs.values():
+            for overlay in run.overlays:
+                assert (ROOT / "bundles" / run.bundle / "configs" / overlay).is_file(), f"{path.name}: {overlay}"
+
+
+def test_metadata_names_the_channels() -> None:
+    for bundle in BUNDLES:
+        metadata = json.loads(Path(config(bundle, "metadata.json")).read_text())
+        formats = metadata["network_data_format"]
+        assert next(iter(formats["inputs"])) == "image"
+        assert next(iter(formats["outputs"])) == "pred"
+        channels = formats["outputs"]["pred"]["channel_def"]
+        labels = merged(bundle, "train.json")["labels"]
+        assert {key: channels[key] for key in labels} == labels

@@ -1,0 +1,152 @@
+"""The three stages in a row, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import nibabel
+import numpy as np
+import pytest
+import torch
+from bundle_runs import BUNDLES, Chain, config, run
+
+from common.handlers import read_lineage
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_training_leaves_weights_checkpoint_curves_and_a_picture(bundle: str, chain: Chain) -> None:
+    content = torch.load(chain.model(bundle), weights_only=True)
+    assert set(content) == {"model"}
+    assert all(torch.isfinite(value).all() for value in content["model"].values())
+    assert [path.name for path in chain.model(bundle).parent.glob("*.pt")] == ["model.pt"]
+    for name in ("checkpoint.pt", "config.json", "curves.png", "mlruns.db"):
+        assert (chain.output(bundle) / name).is_file(), name
+    assert list(chain.output(bundle).glob("*_overview*.png"))
+
+
+def test_the_dual_decoder_keeps_the_students_segmentation(chain: Chain) -> None:
+    student = torch.load(chain.model("student"), weights_only=True)["model"]
+    dual = torch.load(chain.model("dual_decoder"), weights_only=True)["model"]
+    assert set(student) < set(dual)
+    assert all(torch.equal(dual[name], value) for name, value in student.items())
+    teacher = torch.load(chain.model("teacher"), weights_only=True)["model"]
+    assert not all(torch.equal(teacher[name], value) for name, value in student.items())
+
+
+def test_lineage_leads_back_to_the_teacher(chain: Chain) -> None:
+    for bundle, role in (("student", "teacher"), ("dual_decoder", "student")):
+        record, parent = read_lineage(chain.model(bundle)), read_lineage(chain.model(role))
+        client = mlflow.MlflowClient(f"sqlite:///{chain.output(bundle) / 'mlruns.db'}")
+        tags = client.get_run(record["run_id"]).data.tags
+        assert tags[f"parent.{role}.run_id"] == parent["run_id"]
+        assert tags[f"parent.{role}.weights"] == parent["weights"]
+        assert tags["weights"] == record["weights"]
+        metrics = client.get_run(record["run_id"]).data.metrics
+        assert "train/loss" in metrics
+        assert "val_mean_dice" in metrics
+
+
+@pytest.fixture(scope="module")
+def turned(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A validation image with its axes turned and flipped and another spacing."""
+    source = nibabel.load(sorted((chain.data / "images").glob("*validation*"))[0])
+    array = np.flip(np.transpose(np.asarray(source.dataobj), (2, 0, 1)), 0)
+    affine = np.zeros((4, 4))
+    affine[2, 0], affine[0, 1], affine[1, 2], affine[3, 3] = -1.2, 0.9, 1.1, 1.0
+    affine[2, 3] = 30.0
+    path = tmp_path_factory.mktemp("input") / "a case.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(array), affine), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictions(chain: Chain, turned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for bundle in ("student", "dual_decoder"):
+        folders[bundle] = tmp_path_factory.mktemp(bundle)
+        settings = {"input": str(turned), "output_dir": str(folders[bundle]), "device": "cpu"}
+        done = run(
+            [config(bundle, "inference.json"), str(chain.plan)],
+            {**settings, "ckpt_dir": str(chain.model(bundle).parent)},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def test_prediction_returns_to_the_inputs_grid(predictions: dict[str, Path], turned: Path) -> None:
+    image = nibabel.load(turned)
+    folder = predictions["dual_decoder"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "a case.json",
+        "a case_seg.nii.gz",
+        "a case_thickness.nii.gz",
+    ]
+    label, thickness = (nibabel.load(folder / f"a case_{name}.nii.gz") for name in ("seg", "thickness"))
+    for volume in (label, thickness):
+        assert volume.shape == image.shape
+        assert np.allclose(volume.affine, image.affine, atol=1e-4)
+    found, values = np.asarray(label.dataobj), np.asarray(thickness.dataobj)
+    assert set(np.unique(found)) <= {0, 1, 2}
+    assert not values[found != 2].any()
+    numbers = json.loads((folder / "a case.json").read_text())
+    voxel = abs(np.linalg.det(image.affine[:3, :3])) / 1000
+    for label_id, name in ((1, "lumen"), (2, "wall")):
+        assert numbers["volumes"][name]["unit"] == "mL"
+        assert numbers["volumes"][name]["value"] == pytest.approx((found == label_id).sum() * voxel, rel=1e-4)
+    statistics = numbers["thickness"]["structures"]["wall"]
+    assert set(statistics) >= {"mean", "median", "p5", "p95"}
+    if (found == 2).any():
+        assert statistics["mean"] == pytest.approx(values[found == 2].mean(), rel=1e-3)
+
+
+def test_label_files_of_student_and_dual_decoder_are_equal(predictions: dict[str, Path]) -> None:
+    student, dual = (nibabel.load(predictions[b] / "a case_seg.nii.gz") for b in ("student", "dual_decoder"))
+    assert np.array_equal(np.asarray(student.dataobj), np.asarray(dual.dataobj))
+
+
+def test_evaluation_writes_table_and_summary(chain: Chain, tmp_path: Path) -> None:
+    done = run(
+        [config("dual_decoder", "train.json"), config("dual_decoder", "evaluate.json"), str(chain.plan)],
+        {
+            "dataset_dir": str(chain.data),
+            "output_dir": str(tmp_path),
+            "ckpt_dir": str(chain.model("dual_decoder").parent),
+            "device": "cpu",
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert {"dice/wall", "hd95/lumen", "asd/wall", "jaccard/wall", "thickness/mae"} <= set(rows[0].split(","))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["cases"] == 2
+    assert {"mae", "rmse", "r2"} <= set(summary["targets"]["thickness"]["case_means"])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    weights = {}
+    for name, lengths in (("whole", [3]), ("resumed", [1, 3])):
+        folder = tmp_path / name
+        for epochs in lengths:
+            workflow(
+                "student",
+                **{
+                    **chain.settings("student"),
+                    "train#trainer#max_epochs": epochs,
+                    # The schedule must be that of the whole run from the beginning, as after a crash.
+                    "train#lr_scheduler#total_iters": 6,
+                    "train#method#ramp_up": 0.0,
+                    "warm_up": 0.0,
+                    "val_interval": 3,
+                    "output_dir": str(folder / "train"),
+                    "ckpt_dir": str(folder / "models"),
+                    "resume": True,
+                },
+            )
+        weights[name] = torch.load(folder / "models" / "model.pt", weights_only=True)["model"]
+    assert all(torch.equal(weights["resumed"][name], value) for name, value in weights["whole"].items())

@@ -30,7 +30,9 @@ def settings(tmp_path: Path) -> dict:
     label = save("label.nii.gz", np.ones((8, 8, 8), np.uint8))
     other = save("other.nii.gz", np.zeros((8, 8, 8), np.float32))
     datalist = tmp_path / "datalist.json"
-    datalist.write_text(json.dumps({"labels": LABELS, "training": [{"image": "image.nii.gz", "label": "label.nii.gz"}]}))
+    datalist.write_text(
+        json.dumps({"labels": LABELS, "training": [{"image": "image.nii.gz", "label": "label.nii.gz"}]})
+    )
     return {
         "training": [{"image": image, "label": label, "thickness": label}],
         "validation": [],

@@ -45,7 +45,11 @@ class Spoiled(Line):
     def forward(self, batch: dict[str, dict[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         terms = super().forward(batch)
         if self.step == 2:
-            wrong = {"loss": self.weight * math.nan, "infinite": self.weight * math.inf, "gradient": (0 * self.weight).abs().sqrt()}
+            wrong = {
+                "loss": self.weight * math.nan,
+                "infinite": self.weight * math.inf,
+                "gradient": (0 * self.weight).abs().sqrt(),
+            }
             terms["loss"] = terms["loss"] + wrong[self.how]
         return terms
 
@@ -71,7 +75,9 @@ def steps(*pairs: tuple[float, float]) -> list[dict[str, dict[str, Tensor]]]:
     return [{"labeled": {"image": torch.tensor([image]), "label": torch.tensor([label])}} for image, label in pairs]
 
 
-def train(method: Method, loader: Any, optimizer: Any = None, epochs: int = 1, **settings: Any) -> SemiSupervisedTrainer:
+def train(
+    method: Method, loader: Any, optimizer: Any = None, epochs: int = 1, **settings: Any
+) -> SemiSupervisedTrainer:
     optimizer = optimizer or torch.optim.SGD(method.trainable_parameters(), lr=0.1)
     settings = {"amp": False, "gradient_clip": None, **settings}
     trainer = SemiSupervisedTrainer("cpu", epochs, loader, method, optimizer, **settings)
@@ -203,7 +209,8 @@ def test_bf16_trains_float32_weights_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("how", "what"), [("loss", "the loss is nan"), ("infinite", "the loss is"), ("gradient", "a gradient is not finite")]
+    ("how", "what"),
+    [("loss", "the loss is nan"), ("infinite", "the loss is"), ("gradient", "a gradient is not finite")],
 )
 def test_divergence_stops_the_run_before_it_reaches_the_weights(how, what):
     method, reference = Spoiled(how), Line()

@@ -64,7 +64,9 @@ class Validation:
         engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.evaluator.run([0], 1))
 
 
-def train(folder: Path, method: Method | None = None, epochs: int = 4, validation: Validation | None = None, **settings):
+def train(
+    folder: Path, method: Method | None = None, epochs: int = 4, validation: Validation | None = None, **settings
+):
     """One step an epoch with a learning rate of 1."""
     method = method or Counter()
     optimizer = torch.optim.SGD(method.parameters(), lr=1.0, momentum=settings.pop("momentum", 0.0))
@@ -237,7 +239,9 @@ def test_a_checkpoint_that_is_not_of_this_run(tmp_path, kind):
         else:
             torch.save([1, 2, 3], checkpoint)
     (tmp_path / "models" / "model.pt").unlink()
-    with pytest.raises(BadInput, match=r"(?s)checkpoint\.pt: can't resume from it .*another configuration.*--resume false"):
+    with pytest.raises(
+        BadInput, match=r"(?s)checkpoint\.pt: can't resume from it .*another configuration.*--resume false"
+    ):
         train(tmp_path, resume=True)
     assert not (tmp_path / "models" / "model.pt").exists()
 

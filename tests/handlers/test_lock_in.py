@@ -128,7 +128,10 @@ def test_an_optimizer_that_holds_a_locked_parameter_is_refused_before_the_first_
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     lock_in = LockIn(network, ["encoder"])
     before = copy.deepcopy(network.state_dict())
-    for optimizers in (optimizer, {"first": torch.optim.SGD(network.decoder.parameters(), lr=0.1), "second": optimizer}):
+    for optimizers in (
+        optimizer,
+        {"first": torch.optim.SGD(network.decoder.parameters(), lr=0.1), "second": optimizer},
+    ):
         with pytest.raises(LockInBroken, match=r"optimiser holds the locked parameter 'encoder\.0\.weight'"):
             train(network, [lock_in], optimizer=optimizers)
         assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

@@ -190,7 +190,9 @@ def test_teacher_has_no_gradient_does_not_move_and_never_trains():
     assert held == {id(parameter) for parameter in network.parameters()}
     for name, value in teacher.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert not torch.equal(network.state_dict()["encoder.stages.0.0.conv.weight"], student["encoder.stages.0.0.conv.weight"])
+    assert not torch.equal(
+        network.state_dict()["encoder.stages.0.0.conv.weight"], student["encoder.stages.0.0.conv.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,9 +227,9 @@ def test_disagreement_is_measured_between_teacher_and_moving_average():
     assert agreed["kept/all"].item() == 1.0
     assert opposed["kept/all"].item() == 0.0
     with pytest.raises(BadInput, match="moving average"):
-        pointwise(
-            Pointwise(9.0), Pointwise(9.0), estimator=Disagreement(), decay=None, deploy="network"
-        )(batch_of(voxels(1.0)))
+        pointwise(Pointwise(9.0), Pointwise(9.0), estimator=Disagreement(), decay=None, deploy="network")(
+            batch_of(voxels(1.0))
+        )
 
 
 def test_moving_average_follows_the_student_by_its_decay():

@@ -1,0 +1,174 @@
+"""What a user gets wrong: a message that names the file or the key, before training, and no weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from bundle_runs import Chain, config, run
+
+from common.errors import find_bad_input
+from common.networks import SegmentationNetwork, save_weights
+
+
+@pytest.fixture
+def data(phantoms: Path, tmp_path: Path) -> Path:
+    """A copy of the phantoms that a test may spoil."""
+    return Path(shutil.copytree(phantoms, tmp_path / "data"))
+
+
+def edit_datalist(data: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = data / "datalist.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def first(data: Path, key: str) -> Path:
+    return data / json.loads((data / "datalist.json").read_text())["training"][0][key]
+
+
+def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
+    volume = nibabel.load(path)
+    array = change(np.asarray(volume.dataobj))
+    nibabel.save(nibabel.Nifti1Image(array, volume.affine if affine is None else affine), path)
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array = array.astype(np.float32)
+    array[0, 0, 0] = np.nan
+    return array
+
+
+SPOILED: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "no datalist": (lambda data: (data / "datalist.json").unlink(), ["datalist.json"]),
+    "not JSON": (lambda data: (data / "datalist.json").write_text("{"), ["datalist.json", "line 1"]),
+    "no image file": (lambda data: first(data, "image").unlink(), ["phantom_training_000.nii.gz"]),
+    "truncated image": (
+        lambda data: first(data, "image").write_bytes(first(data, "image").read_bytes()[:2000]),
+        ["phantom_training_000.nii.gz"],
+    ),
+    "another grid": (
+        lambda data: rewrite(first(data, "label"), lambda array: array[:-2]),
+        ["phantom_training_000.nii.gz", "grid"],
+    ),
+    "unknown label": (
+        lambda data: rewrite(first(data, "label"), lambda array: np.where(array == 2, 7, array).astype(np.uint8)),
+        ["phantom_training_000.nii.gz", "7", "labels"],
+    ),
+    "NaN voxels": (lambda data: rewrite(first(data, "image"), with_nan), ["phantom_training_000.nii.gz", "NaN"]),
+    "two channels": (
+        lambda data: rewrite(first(data, "image"), lambda array: np.stack([array, array], axis=-1)),
+        ["phantom_training_000", "2 channel(s)"],
+    ),
+    "other classes": (
+        lambda data: edit_datalist(data, lambda content: content["labels"].update({"2": "liver"})),
+        ["labels", "liver"],
+    ),
+    "nothing labelled": (
+        lambda data: edit_datalist(data, lambda content: content.update(training=[])),
+        ["datalist.json", "training"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_data_that_cannot_be_trained_on(name: str, data: Path, workflow: Callable[..., None], tmp_path: Path) -> None:
+    spoil, words = SPOILED[name]
+    spoil(data)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (MONAI wraps it; the message is looked at)
+        workflow("teacher", dataset_dir=str(data), output_dir=str(tmp_path / "out"), ckpt_dir=str(tmp_path / "models"))
+    message = find_bad_input(caught.value)
+    assert message is not None, caught.value
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
+def test_a_student_without_unlabeled_images(
+    data: Path, workflow: Callable[..., None], chain: Chain, tmp_path: Path
+) -> None:
+    edit_datalist(data, lambda content: content.pop("unlabeled"))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow(
+            "student",
+            dataset_dir=str(data),
+            teacher_path=str(chain.model("teacher")),
+            output_dir=str(tmp_path / "out"),
+            ckpt_dir=str(tmp_path / "models"),
+        )
+    message = find_bad_input(caught.value)
+    assert "unlabeled" in message
+    assert "teacher" in message
+
+
+def test_a_teacher_of_other_widths(phantoms: Path, workflow: Callable[..., None], tmp_path: Path) -> None:
+    save_weights(SegmentationNetwork(3, 1, 3, [6, 8, 8, 8], [3] * 4, [1, 2, 2, 1]), tmp_path / "other.pt")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow(
+            "student",
+            dataset_dir=str(phantoms),
+            teacher_path=str(tmp_path / "other.pt"),
+            output_dir=str(tmp_path / "out"),
+            ckpt_dir=str(tmp_path / "models"),
+        )
+    message = find_bad_input(caught.value)
+    assert "other.pt" in message
+    assert "(6, 1, 3, 3, 3) in the weights, (4, 1, 3, 3, 3) in the network" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"patch_size": [16, 16, 18]}, ["patch_size", "[4, 4, 4]"]),
+        ({"amp": "fp8"}, ["amp", "fp8"]),
+        ({"select": "newest"}, ["select", "newest"]),
+        ({"output_dir": "FILE/below"}, ["FILE/below"]),
+        ({"learning_rate": 1e30}, ["learning_rate", "diverged"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_make_no_sense(
+    settings: dict[str, Any], words: list[str], phantoms: Path, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "FILE").write_text("not a folder")
+    settings = {k: v.replace("FILE", str(tmp_path / "FILE")) if isinstance(v, str) else v for k, v in settings.items()}
+    folders = {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow("teacher", dataset_dir=str(phantoms), **{**folders, **settings})
+    message = find_bad_input(caught.value)
+    assert message is not None, caught.value
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
+def test_a_case_smaller_than_the_patch_is_padded(data: Path, workflow: Callable[..., None], tmp_path: Path) -> None:
+    for key in ("image", "label"):
+        rewrite(first(data, key), lambda array: array[:12, :20, :9])
+    workflow("teacher", dataset_dir=str(data), output_dir=str(tmp_path / "out"), ckpt_dir=str(tmp_path / "models"))
+    weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)["model"]
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_the_command_line_says_it_plainly(tmp_path: Path) -> None:
+    done = run(
+        [config("teacher", "train.json")],
+        {
+            "dataset_dir": str(tmp_path / "absent"),
+            "output_dir": str(tmp_path),
+            "ckpt_dir": str(tmp_path),
+            "device": "cpu",
+        },
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: " in done.stderr
+    assert str(tmp_path / "absent") in done.stderr

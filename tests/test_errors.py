@@ -49,13 +49,12 @@ def test_found_however_often_it_was_wrapped():
 
 
 def test_found_where_it_was_being_handled():
-    try:
+    with pytest.raises(RuntimeError) as caught:
         try:
             raise BadInput(MESSAGE)
         except BadInput:
             raise RuntimeError("while cleaning up")  # noqa: B904
-    except RuntimeError as error:
-        assert find_bad_input(error) == MESSAGE
+    assert find_bad_input(caught.value) == MESSAGE
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

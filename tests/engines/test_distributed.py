@@ -60,7 +60,7 @@ def test_device_of_a_process(monkeypatch):
 
 
 def test_two_processes_take_one_step_together(tmp_path):
-    """Targets 2 and 6 at an image of 1: the mean gradient is -8, so both weights become 0.8; the random states differ."""
+    """Targets 2 and 6 at an image of 1: the mean gradient is -8, so both weights become 0.8; their seeds differ."""
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     root = str(Path(__file__).resolve().parents[2])

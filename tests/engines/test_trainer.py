@@ -198,7 +198,7 @@ def test_bf16_trains_float32_weights_on_a_cpu():
     assert set(seen) == {torch.bfloat16}
     assert trainer.precision is torch.bfloat16
     assert not trainer.scaler.is_enabled()
-    for name, value in method.state_dict().items():
+    for value in method.state_dict().values():
         assert value.dtype == torch.float32
         assert torch.isfinite(value).all()
     assert not same(before, method.state_dict())

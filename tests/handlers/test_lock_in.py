@@ -198,7 +198,7 @@ def test_patterns(patterns, locked):
 @pytest.mark.parametrize("pattern", ["encodr", "encoder.9", "decoders.*", ""])
 def test_a_pattern_that_matches_nothing_is_an_error_that_names_the_parts(pattern):
     network = Network()
-    with pytest.raises(ValueError, match="nothing in the network matches .*its parts are encoder, decoder"):
+    with pytest.raises(ValueError, match=r"nothing in the network matches .*its parts are encoder, decoder"):
         LockIn(network, ["encoder", pattern])
     assert all(parameter.requires_grad for parameter in network.parameters()), "and nothing was locked"
 

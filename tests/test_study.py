@@ -1,0 +1,139 @@
+"""Studies: which commands they run, what they remember, and the tables they make."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import study as module
+from common.errors import BadInput
+from common.study import Study, main, read_study
+
+DESCRIPTION = {
+    "title": "A study",
+    "set": {"iterations_per_epoch": 5},
+    "runs": {
+        "teacher": {"bundle": "teacher", "epochs": 2, "title": "supervised"},
+        "student": {"bundle": "student", "epochs": 3, "teacher": "teacher", "set": {"threshold": 0.8}},
+        "geometric": {"bundle": "dual_decoder", "student": "student", "overlays": ["ablations/geometric.json"]},
+    },
+}
+LABELS = {name: {"dice": {"mean": dice}, "hd95": {"mean": 2.0}, "failed": 0} for name, dice in (("a", 0.8), ("b", 0.6))}
+FIGURES = {"mae": 1.0, "rmse": 2.0, "r2": None}
+SUMMARY = {
+    "labels": LABELS,
+    "mean_dice": 0.7,
+    "targets": {"thickness": {"unit": "mm", "voxels": FIGURES, "case_means": FIGURES}},
+}
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(f"--{name}") + 1]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(DESCRIPTION, tmp_path / "data", tmp_path / "out", [0, 1])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands are written down instead of run; evaluations leave a summary, the student's training fails."""
+    seen: list[list[str]] = []
+
+    def fake(command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess:
+        seen.append(command)
+        if "student" in option(command, "output_dir") and option(command, "output_dir").endswith("train"):
+            stdout.write("error: no such luck\n")
+            stdout.flush()
+            return subprocess.CompletedProcess(command, 1)
+        folder = Path(option(command, "output_dir"))
+        folder.mkdir(parents=True)
+        if folder.name == "test":
+            (folder / "summary.json").write_text(json.dumps(SUMMARY))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module.subprocess, "run", fake)
+    return seen
+
+
+def test_commands_are_those_of_a_user(study: Study) -> None:
+    training, evaluation = study.commands(study.runs["student"], seed=1)
+    assert training[1:4] == ["-m", "monai.bundle", "run"]
+    assert option(training, "train#trainer#max_epochs") == "3"
+    assert option(training, "iterations_per_epoch") == "5"
+    assert option(training, "threshold") == "0.8"
+    assert option(training, "seed") == "1"
+    assert option(training, "teacher_path") == str(study.output / "teacher" / "seed1" / "models" / "model.pt")
+    assert option(training, "ckpt_dir") == option(evaluation, "ckpt_dir")
+    assert "evaluate.json" in option(evaluation, "config_file")
+    assert "evaluate.json" not in option(training, "config_file")
+
+
+def test_a_run_without_epochs_evaluates_its_parents_weights(study: Study) -> None:
+    (evaluation,) = study.commands(study.runs["geometric"], seed=0)
+    assert option(evaluation, "ckpt_dir") == str(study.output / "student" / "seed0" / "models")
+    assert "geometric.json" in option(evaluation, "config_file")
+
+
+def test_one_failure_does_not_end_the_others_and_what_is_done_is_not_done_again(
+    study: Study, calls: list[list[str]]
+) -> None:
+    failures = study.run_all()
+    assert len(failures) == 2
+    assert "no such luck" in failures[0]
+    assert len(study.records(study.runs["teacher"])) == 2
+    assert len(study.records(study.runs["student"])) == 0
+    count = len(calls)
+    study.run_all(["teacher"])
+    assert len(calls) == count
+    study.run_all(["student"])
+    assert len(calls) == count + 2
+
+
+def test_tables(study: Study, calls: list[list[str]]) -> None:
+    study.run_all()
+    columns, rows = study.segmentation_table()
+    assert [column["key"] for column in columns[:3]] == ["dice", "dice/a", "dice/b"]
+    assert rows[0]["name"] == "supervised"
+    assert rows[0]["dice"] == [0.7, 0.7]
+    assert rows[0]["hd95"] == [2.0, 2.0]
+    assert study.targets() == ["thickness"]
+    _, rows = study.regression_table("thickness")
+    assert rows[0]["voxels/mae"] == [1.0, 1.0]
+    assert "supervised" in study.markdown()
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        ({"a": {"bundle": "professor"}}, "professor"),
+        ({"a": {"bundle": "student", "teacher": "b"}}, "'b'"),
+        ({"a": {"bundle": "student", "epoch": 3}}, "epoch"),
+    ],
+)
+def test_a_study_that_makes_no_sense(runs: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=words):
+        Study({"runs": runs}, tmp_path, tmp_path)
+
+
+def test_main_says_what_failed(tmp_path: Path, calls: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(DESCRIPTION))
+    (tmp_path / "data").mkdir()
+    options = argparse.Namespace(
+        study=path, data=tmp_path / "data", output=tmp_path / "out", seeds="0", device=None, only=None
+    )
+    assert main(options) == 1
+    assert "no such luck" in capsys.readouterr().err
+    assert "supervised" in (tmp_path / "out" / "results.md").read_text()
+    options.only = "professor"
+    with pytest.raises(BadInput, match="professor"):
+        main(options)
+    with pytest.raises(BadInput, match=r"absent\.json"):
+        read_study(tmp_path / "absent.json")

@@ -48,12 +48,16 @@ def test_found_however_often_it_was_wrapped():
     assert find_bad_input(BadInput(MESSAGE)) == MESSAGE
 
 
+def fail_while_handling() -> None:
+    try:
+        raise BadInput(MESSAGE)
+    except BadInput:
+        raise RuntimeError("while cleaning up")  # noqa: B904
+
+
 def test_found_where_it_was_being_handled():
-    with pytest.raises(RuntimeError) as caught:
-        try:
-            raise BadInput(MESSAGE)
-        except BadInput:
-            raise RuntimeError("while cleaning up")  # noqa: B904
+    with pytest.raises(RuntimeError, match="cleaning up") as caught:
+        fail_while_handling()
     assert find_bad_input(caught.value) == MESSAGE
 
 

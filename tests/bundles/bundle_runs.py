@@ -30,9 +30,10 @@ def config(bundle: str, name: str) -> str:
     return str(ROOT / "bundles" / bundle / "configs" / name)
 
 
-def run(files: list[str], settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    """``python -m monai.bundle run``, as a user types it."""
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+def run(files: list[str], settings: dict[str, Any], processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """``python -m monai.bundle run`` as a user types it, or the same under torchrun."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, "-m", "monai.bundle", "run", "--config_file", str(files)]
     for key, value in settings.items():
         command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ignite.engine import Engine, Events
+
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = ("teacher", "student", "dual_decoder")
 PARENT = {"student": "teacher", "dual_decoder": "student"}
@@ -38,6 +40,19 @@ def run(files: list[str], settings: dict[str, Any], processes: int = 1) -> subpr
         command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+class Crash:
+    """A handler that ends a training in the middle, as a power cut does."""
+
+    def __init__(self, after_iteration: int) -> None:
+        self.after_iteration = after_iteration
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=self.after_iteration), self._fail)
+
+    def _fail(self) -> None:
+        raise RuntimeError("power cut")
 
 
 @dataclass

@@ -107,6 +107,7 @@ def test_a_student_without_unlabeled_images(
     message = find_bad_input(caught.value)
     assert "unlabeled" in message
     assert "teacher" in message
+    assert not (tmp_path / "models" / "model.pt").exists()
 
 
 def test_a_teacher_of_other_widths(phantoms: Path, workflow: Callable[..., None], tmp_path: Path) -> None:
@@ -122,6 +123,61 @@ def test_a_teacher_of_other_widths(phantoms: Path, workflow: Callable[..., None]
     message = find_bad_input(caught.value)
     assert "other.pt" in message
     assert "(6, 1, 3, 3, 3) in the weights, (4, 1, 3, 3, 3) in the network" in message
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("bundle", "role"), [("student", "teacher"), ("dual_decoder", "student")], ids=["student", "dual_decoder"]
+)
+def test_a_stage_before_that_was_not_trained(
+    bundle: str, role: str, phantoms: Path, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    folders = {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")}
+    absent = {f"{role}_path": str(tmp_path / "absent.pt")}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow(bundle, dataset_dir=str(phantoms), **folders, **absent)
+    message = find_bad_input(caught.value)
+    assert str(tmp_path / "absent.pt") in message
+    assert "Train the stage" in message
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ["input", "--input"]),
+        ({"input": "EMPTY"}, ["input", "EMPTY", "no volume"]),
+        ({"input": "IMAGE", "ckpt_dir": "EMPTY"}, ["EMPTY/model.pt", "Train the stage"]),
+    ],
+    ids=["no input", "empty folder", "no weights"],
+)
+def test_nothing_to_predict(
+    settings: dict[str, str],
+    words: list[str],
+    chain: Chain,
+    workflow: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"EMPTY": str(empty), "IMAGE": str(first(chain.data, "image"))}
+
+    def placed(text: str) -> str:
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    settings = {
+        "ckpt_dir": str(chain.model("dual_decoder").parent),
+        "output_dir": str(tmp_path / "out"),
+        **{key: placed(value) for key, value in settings.items()},
+    }
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow("dual_decoder", names=("inference.json",), **settings)
+    message = find_bad_input(caught.value)
+    assert message is not None, caught.value
+    for word in words:
+        assert placed(word) in message
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_stages_fit_each_other() -> None:
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_multi_gpu_does_what_training_does(bundle: str) -> None:
     train, overlay = merged(bundle, "train.json"), merged(bundle, "multi_gpu_train.json")
-    assert overlay["initialize"][1:] == train["initialize"]
+    assert overlay["initialize"] == ["$common.engines.start_distributed()", *train["initialize"]]
 
 
 @pytest.mark.parametrize(
@@ -138,4 +138,7 @@ def test_metadata_names_the_channels() -> None:
         assert next(iter(formats["outputs"])) == "pred"
         channels = formats["outputs"]["pred"]["channel_def"]
         labels = merged(bundle, "train.json")["labels"]
-        assert {key: channels[key] for key in labels} == labels
+        targets = merged(bundle, "train.json").get("targets", [])
+        measured = {str(len(labels) + i): f"{t['name']} ({t['unit']})" for i, t in enumerate(targets)}
+        assert channels == {**labels, **measured}
+        assert formats["outputs"]["pred"]["num_channels"] == len(channels)

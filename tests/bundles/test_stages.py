@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import nibabel
@@ -126,30 +127,43 @@ def test_evaluation_writes_table_and_summary(chain: Chain, tmp_path: Path) -> No
     assert {"mae", "rmse", "r2"} <= set(summary["targets"]["thickness"]["case_means"])
 
 
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_the_stages_before_predict_and_are_measured_alone(
+    bundle: str, chain: Chain, turned: Path, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    weights = {"ckpt_dir": str(chain.model(bundle).parent)}
+    predicted, measured = tmp_path / "predicted", tmp_path / "measured"
+    workflow(bundle, names=("inference.json",), input=str(turned), output_dir=str(predicted), **weights)
+    assert sorted(path.name for path in predicted.iterdir()) == ["a case.json", "a case_seg.nii.gz"]
+    names = ("train.json", "evaluate.json")
+    workflow(bundle, names=names, dataset_dir=str(chain.data), output_dir=str(measured), **weights)
+    rows = (measured / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert {"dice/lumen", "dice/wall"} <= set(rows[0].split(","))
+    assert json.loads((measured / "summary.json").read_text())["cases"] == 2
+
+
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     chain: Chain, workflow: Callable[..., None], tmp_path: Path
 ) -> None:
-    weights = {}
-    for name, lengths in (("whole", [3]), ("resumed", [1, 3])):
+    crash = tmp_path / "crash.json"
+    handler = {"_target_": "bundle_runs.Crash", "after_iteration": 3}
+    crash.write_text(json.dumps({"+train#handlers": [handler]}))
+
+    def train(name: str, *overlays: str, **settings: Any) -> Path:
         folder = tmp_path / name
-        for epochs in lengths:
-            workflow(
-                "student",
-                **{
-                    **chain.settings("student"),
-                    "train#trainer#max_epochs": epochs,
-                    # The schedule must be that of the whole run from the beginning, as after a crash.
-                    "train#lr_scheduler#total_iters": 6,
-                    "train#method#ramp_up": 0.0,
-                    "warm_up": 0.0,
-                    "val_interval": 3,
-                    "output_dir": str(folder / "train"),
-                    "ckpt_dir": str(folder / "models"),
-                    "resume": True,
-                },
-            )
-        weights[name] = torch.load(folder / "models" / "model.pt", weights_only=True)["model"]
-    assert all(torch.equal(weights["resumed"][name], value) for name, value in weights["whole"].items())
+        places = {"output_dir": str(folder / "train"), "ckpt_dir": str(folder / "models")}
+        workflow("student", *overlays, **{**chain.settings("student"), **places, **settings})
+        return folder / "models" / "model.pt"
+
+    whole = torch.load(train("whole"), weights_only=True)["model"]
+    with pytest.raises(RuntimeError):  # in the second of two epochs
+        train("resumed", str(crash))
+    assert not (tmp_path / "resumed" / "models" / "model.pt").exists()
+    saved = torch.load(tmp_path / "resumed" / "train" / "checkpoint.pt", weights_only=True)
+    assert (saved["epoch"], saved["iteration"]) == (1, 2)
+    resumed = torch.load(train("resumed", resume=True), weights_only=True)["model"]
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_two_processes_train_one_network(chain: Chain, tmp_path: Path) -> None:

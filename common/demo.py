@@ -12,7 +12,8 @@ from .data.datalist import read_datalist
 from .data.phantom import generate_phantoms
 from .errors import BadInput
 from .report import write_report
-from .study import ROOT, Study, machine, read_study
+from .study import ROOT, Study, read_study
+from .tables import dense_targets, machine, markdown, regression_table, segmentation_table
 
 __all__ = ["add_arguments", "main"]
 
@@ -65,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
     study = Study(description, data, output, [options.seed], options.device)
     failures = study.run_all()
     report = _report(study, data)
-    print(study.markdown())
+    print(markdown(study))
     print(f"report: {report}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
@@ -75,12 +76,12 @@ def main(options: argparse.Namespace) -> int:
 def _report(study: Study, data: Path) -> Path:
     seed = study.seeds[0]
     tables = []
-    columns, rows = study.segmentation_table()
+    columns, rows = segmentation_table(study)
     if rows:
         note = "Dice and 95th percentile of the surface distance on the validation cases, which chose nothing."
         tables.append({"title": "Segmentation", "note": note, "columns": columns, "rows": rows})
-    for target in study.targets():
-        columns, rows = study.regression_table(target)
+    for target in dense_targets(study):
+        columns, rows = regression_table(study, target)
         note = (
             "Error inside the reference structure; 'covered' where the prediction has a value, which is all that a "
             "measurement in the predicted mask can be judged by."

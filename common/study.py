@@ -18,26 +18,25 @@ end the others, so a study can be stopped and continued. See ``studies/`` for ex
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import os
-import platform
 import shlex
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 from tqdm import tqdm
 
 from .errors import BadInput
 from .files import write_atomically
 from .plan import make_plan, parse_memory
+from .tables import markdown
 
 __all__ = ["Run", "Study", "add_arguments", "main"]
 
@@ -114,6 +113,9 @@ class Study:
             if not (ROOT / "bundles" / run.bundle / "configs" / "train.json").is_file():
                 raise BadInput(f"study, run {name!r}: there is no bundle {run.bundle!r}.")
             self.runs[name] = run
+        for gap in description.get("gaps", ()):
+            if sorted(gap) != ["all", "few", "method"] or not set(gap.values()) <= set(self.runs):
+                raise BadInput(f"study, gaps: found {gap}; expected the runs 'few', 'method' and 'all' of the study.")
 
     def folder(self, run: Run, seed: int) -> Path:
         """Where a run's files go."""
@@ -173,8 +175,13 @@ class Study:
             command += [f"--{key}", _value(value)]
         return command
 
-    def execute(self, run: Run, seed: int) -> None:
+    def execute(self, run: Run, seed: int, cores: Sequence[int] | None = None) -> None:
         """Train and evaluate, unless that was done.
+
+        Args:
+            run: which.
+            seed: of the run.
+            cores: the processor cores that it may use, numbers as the operating system has them; None for all.
 
         Raises:
             BadInput: a command failed; its output is in ``log.txt`` of the run's folder.
@@ -190,128 +197,86 @@ class Study:
                 log.write(shlex.join(command) + "\n")
                 log.flush()
                 start = time.perf_counter()
-                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, check=False)
+                failed = _call(command, log, cores)
                 seconds.append(time.perf_counter() - start)
-                if done.returncode:
+                if failed:
                     tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
                     raise BadInput(f"run {run.name}, seed {seed} failed; see {folder / 'log.txt'}: " + " | ".join(tail))
         summary = json.loads((folder / "test" / "summary.json").read_text())
         content = {"train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1], "summary": summary}
         write_atomically(record, json.dumps(content, indent=2))
 
-    def run_all(self, only: Sequence[str] | None = None) -> list[str]:
-        """Execute every run, or those named in ``only``, with every seed; returns what failed."""
+    def run_all(self, only: Sequence[str] | None = None, jobs: int = 1) -> list[str]:
+        """Execute every run, or those named in ``only``, with every seed; returns what failed.
+
+        Args:
+            only: names of runs.
+            jobs: how many at a time, each on its own share of the cores; a run waits for those it starts from.
+        """
         failures: list[str] = []
-        todo = [(run, seed) for seed in self.seeds for run in self.runs.values() if only is None or run.name in only]
-        with tqdm(todo, desc=self.description.get("title", "study"), unit="run", disable=None) as bar:
-            for run, seed in bar:
-                bar.set_postfix_str(f"{run.name}, seed {seed}")
-                start = time.perf_counter()
-                try:
-                    self.execute(run, seed)
-                    tqdm.write(f"{run.name}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-                except BadInput as error:
-                    failures.append(str(error))
-                    tqdm.write(f"error: {error}", file=sys.stderr)
+        waiting = [(run, seed) for seed in self.seeds for run in self.runs.values() if only is None or run.name in only]
+        shares = _shares(jobs)
+        running: dict[Future, tuple[Run, int, float, list[int] | None]] = {}
+        title = self.description.get("title", "study")
+        with (
+            ThreadPoolExecutor(jobs) as pool,
+            tqdm(total=len(waiting), desc=title, unit="run", disable=None) as bar,
+        ):
+            while waiting or running:
+                unfinished = {(run.name, seed) for run, seed in waiting}
+                unfinished |= {(run.name, seed) for run, seed, *_ in running.values()}
+                ready = [
+                    (run, seed) for run, seed in waiting if not unfinished & {(run.teacher, seed), (run.student, seed)}
+                ]
+                for run, seed in ready[: len(shares)]:
+                    waiting.remove((run, seed))
+                    share = shares.pop()
+                    running[pool.submit(self.execute, run, seed, share)] = run, seed, time.perf_counter(), share
+                bar.set_postfix_str("; ".join(f"{run.name}, seed {seed}" for run, seed, *_ in running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run, seed, start, share = running.pop(future)
+                    shares.append(share)
+                    bar.update()
+                    try:
+                        future.result()
+                        tqdm.write(f"{run.name}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+                    except BadInput as error:
+                        failures.append(str(error))
+                        tqdm.write(f"error: {error}", file=sys.stderr)
         return failures
+
+    def records_by_seed(self, run: Run) -> dict[int, dict[str, Any]]:
+        """What is known of a run, for each seed that is done."""
+        paths = {seed: self.folder(run, seed) / "record.json" for seed in self.seeds}
+        return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
 
     def records(self, run: Run) -> list[dict[str, Any]]:
         """What is known of a run, a dict a seed that is done."""
-        paths = [self.folder(run, seed) / "record.json" for seed in self.seeds]
-        return [json.loads(path.read_text()) for path in paths if path.exists()]
-
-    def segmentation_table(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Dice and HD95 a structure and over structures: columns and rows, a list of seeds in each cell."""
-        names: list[str] = []
-        rows = []
-        for run in self.runs.values():
-            records = [r["summary"] for r in self.records(run)]
-            if not records or not records[0]["labels"]:
-                continue
-            names = names or list(records[0]["labels"])
-            row: dict[str, Any] = {"name": run.title or run.name}
-            row["dice"] = [summary["mean_dice"] for summary in records]
-            hd95 = [[s["labels"][name]["hd95"]["mean"] for name in names] for s in records]
-            row["hd95"] = [statistics.fmean(values) if None not in values else math.nan for values in hd95]
-            for name in names:
-                row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
-            row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in names))
-            row["minutes"] = [r["train_seconds"] / 60 for r in self.records(run)]
-            rows.append(row)
-        columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]
-        columns += [{"key": f"dice/{name}", "title": f"Dice {name}", "better": "higher", "digits": 3} for name in names]
-        columns.append({"key": "hd95", "title": "mean HD95 [mm]", "better": "lower", "digits": 2})
-        columns.append({"key": "failed", "title": "failed", "better": None, "digits": 0})
-        columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
-        return columns, rows
-
-    def regression_table(self, target: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """MAE, RMSE and R2 of a dense target: inside the reference, where covered, and of the case means."""
-        groups = {"voxels": "", "covered": "covered: ", "case_means": "case means: "}
-        rows, unit = [], ""
-        for run in self.runs.values():
-            summaries = [r["summary"]["targets"].get(target) for r in self.records(run)]
-            if not summaries or None in summaries:
-                continue
-            unit = summaries[0]["unit"]
-            row: dict[str, Any] = {"name": run.title or run.name}
-            for group in groups:
-                found = [s.get(group) for s in summaries]
-                found = [f.get("voxels") if f and group == "covered" else f for f in found]
-                for measure in ("mae", "rmse", "r2"):
-                    if None not in found:
-                        row[f"{group}/{measure}"] = [f[measure] if f[measure] is not None else math.nan for f in found]
-            row["minutes"] = [r["train_seconds"] / 60 for r in self.records(run)]
-            rows.append(row)
-        columns = [
-            {
-                "key": f"{group}/{measure}",
-                "title": f"{text}{measure.upper()}" + (f" [{unit}]" if unit and measure != "r2" else ""),
-                "better": "higher" if measure == "r2" else "lower",
-                "digits": 3,
-            }
-            for group, text in groups.items()
-            for measure in ("mae", "rmse", "r2")
-        ]
-        columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
-        return columns, rows
-
-    def targets(self) -> list[str]:
-        """Names of the dense targets that any run measured."""
-        found: dict[str, None] = {}
-        for run in self.runs.values():
-            for record in self.records(run):
-                found.update(
-                    dict.fromkeys(name for name, value in record["summary"]["targets"].items() if "voxels" in value)
-                )
-        return list(found)
-
-    def markdown(self) -> str:
-        """The study's tables."""
-        from .report import markdown_table
-
-        lines = [f"## {self.description.get('title', 'Study')}", ""]
-        if "note" in self.description:
-            lines += [self.description["note"], ""]
-        lines += [f"{machine()}; seeds {', '.join(map(str, self.seeds))}.", ""]
-        columns, rows = self.segmentation_table()
-        if rows:
-            lines += [markdown_table(columns, rows), ""]
-        for target in self.targets():
-            columns, rows = self.regression_table(target)
-            lines += [f"### {target}", "", markdown_table(columns, rows), ""]
-        return "\n".join(lines)
+        return list(self.records_by_seed(run).values())
 
 
-def machine() -> str:
-    """The machine in words, for a table's caption."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores of {model}{gpu}, torch {torch.__version__}"
+def _shares(jobs: int) -> list[list[int] | None]:
+    """The cores of each of ``jobs`` runs side by side; None where there is nothing to divide."""
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    count = len(available) // jobs
+    if jobs == 1 or count == 0:
+        return [None] * jobs
+    return [available[job * count : (job + 1) * count] for job in range(jobs)]
+
+
+def _call(command: Sequence[str], log: IO[str], cores: Sequence[int] | None) -> int:
+    """Run a command with its output in ``log``; returns its exit code.
+
+    Processes that share cores wait for each other's threads at every operation, so each is kept to its own.
+    """
+    environment = dict(os.environ)
+    if cores is not None:
+        environment["OMP_NUM_THREADS"] = str(len(cores))
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    if cores is not None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(process.pid, cores)
+    return process.wait()
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -335,6 +300,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the datalists")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
     parser.add_argument("--seeds", default="0", help="comma-separated, for instance 0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
     parser.add_argument("--device", help="for instance cpu or cuda:0; by default a GPU when there is one")
     parser.add_argument("--only", help="comma-separated names of runs; by default all")
 
@@ -350,8 +316,10 @@ def main(options: argparse.Namespace) -> int:
     unknown = set(only or ()) - set(study.runs)
     if unknown:
         raise BadInput(f"--only: the study has no run {', '.join(sorted(unknown))}; it has {', '.join(study.runs)}.")
-    failures = study.run_all(only)
-    text = study.markdown()
+    if options.jobs < 1:
+        raise BadInput(f"--jobs {options.jobs}: expected a number of runs at a time, at least 1.")
+    failures = study.run_all(only, options.jobs)
+    text = markdown(study)
     write_atomically(study.output / "results.md", text + "\n")
     print(text)
     for failure in failures:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import os
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from common import study as module
 from common.errors import BadInput
 from common.study import Study, main, read_study
+from common.tables import dense_targets, gap_table, markdown, regression_table, segmentation_table
 
 DESCRIPTION = {
     "title": "A study",
@@ -46,19 +50,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands are written down instead of run; evaluations leave a summary, the student's training fails."""
     seen: list[list[str]] = []
 
-    def fake(command: list[str], stdout: Any, **_: Any) -> subprocess.CompletedProcess:
+    def fake(command: list[str], log: Any, cores: list[int] | None) -> int:
         seen.append(command)
         if "student" in option(command, "output_dir") and option(command, "output_dir").endswith("train"):
-            stdout.write("error: no such luck\n")
-            stdout.flush()
-            return subprocess.CompletedProcess(command, 1)
+            log.write("error: no such luck\n")
+            log.flush()
+            return 1
         folder = Path(option(command, "output_dir"))
         folder.mkdir(parents=True)
         if folder.name == "test":
             (folder / "summary.json").write_text(json.dumps(SUMMARY))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(module.subprocess, "run", fake)
+    monkeypatch.setattr(module, "_call", fake)
     return seen
 
 
@@ -98,15 +102,15 @@ def test_one_failure_does_not_end_the_others_and_what_is_done_is_not_done_again(
 
 def test_tables(study: Study, calls: list[list[str]]) -> None:
     study.run_all()
-    columns, rows = study.segmentation_table()
+    columns, rows = segmentation_table(study)
     assert [column["key"] for column in columns[:3]] == ["dice", "dice/a", "dice/b"]
     assert rows[0]["name"] == "supervised"
     assert rows[0]["dice"] == [0.7, 0.7]
     assert rows[0]["hd95"] == [2.0, 2.0]
-    assert study.targets() == ["thickness"]
-    _, rows = study.regression_table("thickness")
+    assert dense_targets(study) == ["thickness"]
+    _, rows = regression_table(study, "thickness")
     assert rows[0]["voxels/mae"] == [1.0, 1.0]
-    assert "supervised" in study.markdown()
+    assert "supervised" in markdown(study)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_main_says_what_failed(tmp_path: Path, calls: list[list[str]], capsys: p
     path.write_text(json.dumps(DESCRIPTION))
     (tmp_path / "data").mkdir()
     options = argparse.Namespace(
-        study=path, data=tmp_path / "data", output=tmp_path / "out", seeds="0", device=None, only=None
+        study=path, data=tmp_path / "data", output=tmp_path / "out", seeds="0", device=None, only=None, jobs=1
     )
     assert main(options) == 1
     assert "no such luck" in capsys.readouterr().err
@@ -137,3 +141,57 @@ def test_main_says_what_failed(tmp_path: Path, calls: list[list[str]], capsys: p
         main(options)
     with pytest.raises(BadInput, match=r"absent\.json"):
         read_study(tmp_path / "absent.json")
+
+
+def test_share_of_the_gap_is_that_of_the_means(tmp_path: Path) -> None:
+    runs = {name: {"bundle": "teacher", "epochs": 1} for name in ("few", "method", "all")}
+    study = Study(
+        {"runs": runs, "gaps": [{"few": "few", "method": "method", "all": "all"}]}, tmp_path, tmp_path, [0, 1]
+    )
+    for name, dice in (("few", (0.70, 0.74)), ("method", (0.78, 0.80)), ("all", (0.82, 0.82))):
+        for seed, value in enumerate(dice):
+            folder = study.folder(study.runs[name], seed)
+            folder.mkdir(parents=True)
+            record = {"train_seconds": 1, "summary": {"mean_dice": value, "labels": {}, "targets": {}}}
+            (folder / "record.json").write_text(json.dumps(record))
+    _, (row,) = gap_table(study)
+    assert row["gap"] == pytest.approx(0.10)
+    assert row["gain"] == pytest.approx([0.08, 0.06])
+    assert row["share"] == pytest.approx(0.7)
+    assert "share closed" in markdown(study)
+
+
+def test_gaps_name_runs_of_the_study(tmp_path: Path) -> None:
+    gap = {"few": "teacher", "method": "student", "all": "everything"}
+    with pytest.raises(BadInput, match="everything"):
+        Study({**DESCRIPTION, "gaps": [gap]}, tmp_path, tmp_path)
+
+
+def test_runs_side_by_side_wait_for_their_parents(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, most, finished = set(), [], []
+    lock = threading.Lock()
+
+    def execute(run: Any, seed: int, cores: list[int] | None) -> None:
+        with lock:
+            assert run.teacher is None or (run.teacher, seed) in finished
+            assert run.student is None or (run.student, seed) in finished
+            together.add((run.name, seed))
+            most.append(len(together))
+        time.sleep(0.02)
+        with lock:
+            together.remove((run.name, seed))
+            finished.append((run.name, seed))
+
+    monkeypatch.setattr(study, "execute", execute)
+    assert study.run_all(jobs=2) == []
+    assert len(finished) == 6
+    assert max(most) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are divided on Linux only")
+def test_a_run_keeps_to_its_cores(tmp_path: Path) -> None:
+    core = sorted(os.sched_getaffinity(0))[0]
+    code = "import os, time; time.sleep(0.2); print(os.sched_getaffinity(0), os.environ['OMP_NUM_THREADS'])"
+    with open(tmp_path / "log.txt", "w") as log:
+        assert module._call([sys.executable, "-c", code], log, [core]) == 0
+    assert (tmp_path / "log.txt").read_text().strip() == f"{{{core}}} 1"

@@ -1,0 +1,146 @@
+"""The tables of a study: what its runs measured, a row a run, all seeds in a cell."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .report import markdown_table
+
+if TYPE_CHECKING:
+    from .study import Study
+
+__all__ = ["dense_targets", "gap_table", "machine", "markdown", "regression_table", "segmentation_table"]
+
+
+def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Dice and HD95 a structure and over structures: columns and rows, a list of seeds in each cell."""
+    names: list[str] = []
+    rows = []
+    for run in study.runs.values():
+        records = [r["summary"] for r in study.records(run)]
+        if not records or not records[0]["labels"]:
+            continue
+        names = names or list(records[0]["labels"])
+        row: dict[str, Any] = {"name": run.title or run.name}
+        row["dice"] = [summary["mean_dice"] for summary in records]
+        hd95 = [[s["labels"][name]["hd95"]["mean"] for name in names] for s in records]
+        row["hd95"] = [statistics.fmean(values) if None not in values else math.nan for values in hd95]
+        for name in names:
+            row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
+        row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in names))
+        row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
+        rows.append(row)
+    columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]
+    columns += [{"key": f"dice/{name}", "title": f"Dice {name}", "better": "higher", "digits": 3} for name in names]
+    columns.append({"key": "hd95", "title": "mean HD95 [mm]", "better": "lower", "digits": 2})
+    columns.append({"key": "failed", "title": "failed", "better": None, "digits": 0})
+    columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
+    return columns, rows
+
+
+def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """MAE, RMSE and R2 of a dense target: inside the reference, where covered, and of the case means."""
+    groups = {"voxels": "", "covered": "covered: ", "case_means": "case means: "}
+    rows, unit = [], ""
+    for run in study.runs.values():
+        summaries = [r["summary"]["targets"].get(target) for r in study.records(run)]
+        if not summaries or None in summaries:
+            continue
+        unit = summaries[0]["unit"]
+        row: dict[str, Any] = {"name": run.title or run.name}
+        for group in groups:
+            found = [s.get(group) for s in summaries]
+            found = [f.get("voxels") if f and group == "covered" else f for f in found]
+            for measure in ("mae", "rmse", "r2"):
+                if None not in found:
+                    row[f"{group}/{measure}"] = [f[measure] if f[measure] is not None else math.nan for f in found]
+        row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
+        rows.append(row)
+    columns = [
+        {
+            "key": f"{group}/{measure}",
+            "title": f"{text}{measure.upper()}" + (f" [{unit}]" if unit and measure != "r2" else ""),
+            "better": "higher" if measure == "r2" else "lower",
+            "digits": 3,
+        }
+        for group, text in groups.items()
+        for measure in ("mae", "rmse", "r2")
+    ]
+    columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
+    return columns, rows
+
+
+def gap_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """How much of the gap in mean Dice between few labels and all of them a method closes, for the study's ``gaps``.
+
+    The share is ``(method - few) / (all - few)``, of the means over the seeds that all three have: a ratio of single
+    seeds is mostly noise where the gap is small.
+    """
+    rows = []
+    for gap in study.description.get("gaps", ()):
+        runs = [study.runs[gap[key]] for key in ("few", "method", "all")]
+        scores = [{s: r["summary"]["mean_dice"] for s, r in study.records_by_seed(run).items()} for run in runs]
+        seeds = sorted(set.intersection(*map(set, scores)))
+        if not seeds:
+            continue
+        few, method, everything = (statistics.fmean(score[seed] for seed in seeds) for score in scores)
+        row = {
+            "name": runs[1].title or runs[1].name,
+            "gap": everything - few,
+            "gain": [scores[1][seed] - scores[0][seed] for seed in seeds],
+            "share": (method - few) / (everything - few) if everything != few else math.nan,
+        }
+        rows.append(row)
+    columns = [
+        {"key": "gap", "title": "gap", "better": None, "digits": 3},
+        {"key": "gain", "title": "gain", "better": "higher", "digits": 3},
+        {"key": "share", "title": "share closed", "better": "higher", "digits": 2},
+    ]
+    return columns, rows
+
+
+def dense_targets(study: Study) -> list[str]:
+    """Names of the dense targets that any run measured."""
+    found: dict[str, None] = {}
+    for run in study.runs.values():
+        for record in study.records(run):
+            found.update(
+                dict.fromkeys(name for name, value in record["summary"]["targets"].items() if "voxels" in value)
+            )
+    return list(found)
+
+
+def markdown(study: Study) -> str:
+    """The study's tables."""
+    lines = [f"## {study.description.get('title', 'Study')}", ""]
+    if "note" in study.description:
+        lines += [study.description["note"], ""]
+    lines += [f"{machine()}; seeds {', '.join(map(str, study.seeds))}.", ""]
+    columns, rows = segmentation_table(study)
+    if rows:
+        lines += [markdown_table(columns, rows), ""]
+    for target in dense_targets(study):
+        columns, rows = regression_table(study, target)
+        lines += [f"### {target}", "", markdown_table(columns, rows), ""]
+    columns, rows = gap_table(study)
+    if rows:
+        lines += ["### Share of the gap that is closed", "", markdown_table(columns, rows), ""]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """The machine in words, for a table's caption."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores of {model}{gpu}, torch {torch.__version__}"

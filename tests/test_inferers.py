@@ -5,6 +5,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
+from common.errors import BadInput
 from common.inferers import SlidingWindow
 
 
@@ -89,3 +90,54 @@ def test_mixed_precision_reaches_the_network(network):
         mixed = SlidingWindow((16, 16), amp="bf16")(image, network)
     assert formats == [torch.float32, torch.bfloat16]
     torch.testing.assert_close(mixed.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_a_dense_grid_with_constant_weights_is_a_plain_loop_over_windows(network):
+    """As the semi-supervised literature tests: windows every few voxels, the last ones moved back to fit, and of their
+    softmax the plain mean of all that see a voxel."""
+    image = torch.randn(1, 1, 23, 17)
+    size, stride = (8, 16), (3, 2)
+    starts = [(0, 3, 6, 9, 12, 15), (0, 1)]
+    total, count = torch.zeros(1, 3, 23, 17), torch.zeros(23, 17)
+    for x in starts[0]:
+        for y in starts[1]:
+            window = (..., slice(x, x + size[0]), slice(y, y + size[1]))
+            with torch.no_grad():
+                total[window] += network(image[window]).softmax(1)
+            count[window] += 1
+    settings = {"amp": False, "mode": "constant", "stride": stride, "average": "probabilities"}
+    with torch.no_grad():
+        found = SlidingWindow(size, 3, **settings)(image, network)
+        other = SlidingWindow(size, 3, **{**settings, "average": "logits"})(image, network)
+        weighted = SlidingWindow(size, 3, **{**settings, "mode": "gaussian"})(image, network)
+    torch.testing.assert_close(found.softmax(1), total / count)
+    assert torch.isfinite(found).all()
+    assert not torch.allclose(other.softmax(1), total / count, atol=1e-4)
+    assert not torch.allclose(weighted.softmax(1), total / count, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [8, 80, 96, 112, 160])
+def test_a_stride_is_kept_to_the_voxel(length):
+    for stride in range(1, length + 1):
+        starts = []
+        image = torch.arange(float(length + 2 * stride)).reshape(1, 1, -1, 1)
+        inferer = SlidingWindow((length, 1), 1, amp=False, mode="constant", stride=(stride, 1))
+        inferer(image, lambda window, starts=starts: starts.append(int(window[0, 0, 0, 0])) or window)
+        assert starts == [0, stride, 2 * stride]
+
+
+def test_a_class_of_no_probability_stays_finite():
+    image = torch.zeros(1, 1, 4, 4)
+    found = SlidingWindow((4, 4), amp=False, average="probabilities")(
+        image, lambda window: torch.cat([window, window - 1000], 1)
+    )
+    assert torch.isfinite(found).all()
+    assert torch.equal(found.softmax(1)[:, 0], torch.ones(1, 4, 4))
+
+
+@pytest.mark.parametrize("stride", [(4,), (0, 4), (4, 9)])
+def test_impossible_strides_and_averages_are_explained(stride):
+    with pytest.raises(BadInput, match=r"stride.*\[8, 8\]"):
+        SlidingWindow((8, 8), stride=stride)
+    with pytest.raises(BadInput, match="average: found 'labels'"):
+        SlidingWindow((8, 8), average="labels")

@@ -26,7 +26,14 @@ from monai.data import MetaTensor
 from ..data.datalist import case_name
 from ..errors import BadInput
 from ..files import write_atomically
-from ..metrics import REGRESSION_METRICS, regression_metrics, segmentation_metrics, summarize_regression
+from ..metrics import (
+    DISTANCE_METRICS,
+    OVERLAP_METRICS,
+    REGRESSION_METRICS,
+    regression_metrics,
+    segmentation_metrics,
+    summarize_regression,
+)
 from ..transforms.output import voxel_spacing
 
 __all__ = ["CaseJsonWriter", "EvaluationWriter"]
@@ -36,6 +43,9 @@ logger = logging.getLogger(__name__)
 CONVENTIONS = {
     "hd95": "mm; the larger of the two directed 95th percentiles of the distances between surface voxels (MONAI)",
     "asd": "mm; mean distance between surface voxels, both directions together",
+    "hd95_pooled": "mm; the 95th percentile of both directions' distances together (medpy)",
+    "hd95_pooled_voxels": "the same in voxels: with a spacing of 1",
+    "asd_voxels": "voxels; mean distance from the prediction's surface voxels to the reference's, not back (medpy)",
     "failed": "only one of prediction and reference holds the label: Dice and Jaccard 0, no distances",
     "absent": "neither holds the label: no figures",
 }
@@ -269,12 +279,11 @@ class EvaluationWriter:
     def _summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tables = [self._columns(row) for row in rows]
         names = [name for label, name in self.labels.items() if int(label) != 0]
-        measures = ("dice", "jaccard", "hd95", "asd")
         label_summaries = {
             name: {
                 **{
                     measure: _mean_and_spread(table.get(f"{measure}/{name}", math.nan) for table in tables)
-                    for measure in measures
+                    for measure in (*OVERLAP_METRICS, *DISTANCE_METRICS)
                 },
                 "failed": sum(bool(row["labels"].get(name, {}).get("failed")) for row in rows),
             }

@@ -12,6 +12,7 @@ from monai.transforms import (
     Compose,
     CopyItemsd,
     Invertd,
+    KeepLargestConnectedComponentd,
     LoadImaged,
     SaveImaged,
 )
@@ -61,6 +62,7 @@ def postprocessing(
     mask: bool = True,
     geometric: Mapping[str, Any] | None = None,
     output_dir: str | None = None,
+    largest_component: bool = False,
 ) -> Compose:
     """From the network's output to label map, target maps and numbers on the input's own grid.
 
@@ -74,6 +76,8 @@ def postprocessing(
             ``structure``, ``inner`` and ``slicewise`` of :class:`GeometricThicknessd`. The network then has no channel
             for it.
         output_dir: write ``<case>_seg.nii.gz`` and ``<case>_<target>.nii.gz`` there; None writes nothing.
+        largest_component: keep only the largest connected component of each structure, voxels touching at a corner
+            being connected, and give the others to the background. Only where each structure is known to be one piece.
     """
     channels = [target for target in targets if geometric is None or target["name"] != geometric["target"]]
     maps = [f"{name}_pred" for name in _dense(channels)]
@@ -93,6 +97,8 @@ def postprocessing(
     )
     if segments:
         steps.append(AsDiscreted("segmentation", argmax=True, dtype=torch.uint8))
+        if largest_component:
+            steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
     if geometric is not None:
         steps.append(GeometricThicknessd(**geometric))
     steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]

@@ -21,6 +21,7 @@ from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadIm
 from common.errors import BadInput
 from common.handlers.evaluation import CaseJsonWriter, EvaluationWriter, write_atomically
 from common.handlers.pictures import StagePicture
+from common.metrics import DISTANCE_METRICS
 from common.transforms import preprocessing
 from common.transforms.output import CaseSummaryd, MaskTargetd, SplitOutputd
 
@@ -74,6 +75,10 @@ def test_csv_has_a_row_a_case_and_the_figures(tmp_path: Path) -> None:
     assert float(second["dice/wall"]) == pytest.approx(0.5)
     assert float(second["jaccard/wall"]) == pytest.approx(1 / 3)
     assert float(second["hd95/wall"]) == pytest.approx(4.0)  # two voxels of 2 mm
+    # Pooled: of 2 x 32 surface voxels half lie outside the other mask, at 2 mm (1 voxel) and 4 mm (2 voxels) alike.
+    assert float(second["hd95_pooled/wall"]) == pytest.approx(4.0)
+    assert float(second["hd95_pooled_voxels/wall"]) == pytest.approx(2.0)
+    assert float(second["asd_voxels/wall"]) == pytest.approx(0.75)
     assert float(second["volume_ml/wall"]) == pytest.approx(32 * 10 / 1000)
     assert first["dice/lumen"] == ""  # in neither
     errors = (torch.linspace(1, 3, 32) - 2).abs()
@@ -92,6 +97,8 @@ def test_summary_has_mean_spread_and_count_and_pooled_regression(tmp_path: Path)
     assert summary["cases"] == 2
     wall = summary["labels"]["wall"]
     assert wall["dice"] == {"mean": pytest.approx(0.75), "sd": pytest.approx(0.5 / math.sqrt(2)), "n": 2}
+    assert wall["hd95_pooled_voxels"] == {"mean": pytest.approx(1), "sd": pytest.approx(math.sqrt(2)), "n": 2}
+    assert {"hd95_pooled", "hd95_pooled_voxels", "asd_voxels"} < set(wall) & set(summary["conventions"])
     assert summary["labels"]["lumen"]["dice"] == {"mean": None, "sd": None, "n": 0}
     assert summary["mean_dice"] == pytest.approx(0.75)
     assert summary["failures"] == []
@@ -142,9 +149,10 @@ def test_an_empty_prediction_is_listed_and_gets_no_distance(tmp_path: Path, capl
     assert summary["labels"]["wall"]["failed"] == 1
     assert summary["labels"]["wall"]["dice"]["n"] == 3
     assert summary["labels"]["wall"]["dice"]["mean"] == pytest.approx(2 / 3)
-    assert summary["labels"]["wall"]["hd95"]["n"] == 2
+    assert all(summary["labels"]["wall"][key]["n"] == 2 for key in DISTANCE_METRICS)
     row = read_csv(tmp_path / "metrics.csv")[1]
     assert (row["dice/wall"], row["hd95/wall"], row["failed"]) == ("0.0", "", "wall")
+    assert all(row[f"{key}/wall"] == "" for key in DISTANCE_METRICS)
     assert "prediction empty" in caplog.text
 
 

@@ -33,3 +33,31 @@ def test_files_are_called_after_the_case(tmp_path: Path, name: str) -> None:
     assert sorted(file.name for file in written.iterdir()) == [f"{name}_seg.nii.gz", f"{name}_thickness.nii.gz"]
     assert (nibabel.load(written / f"{name}_seg.nii.gz").get_fdata() == 2).all()
     assert (nibabel.load(written / f"{name}_thickness.nii.gz").get_fdata() == 2.5).all()
+
+
+def test_only_the_largest_component_of_each_structure_stays_when_asked_for(tmp_path: Path) -> None:
+    classes = torch.zeros(6, 6, 6, dtype=torch.long)
+    classes[0, 0, 0] = classes[1, 1, 1] = classes[1, 1, 2] = 1  # one piece, by a corner
+    classes[5, 5, 5] = classes[5, 5, 4] = 1
+    classes[1, 1, 3:5] = 2
+    classes[1, 1, 5] = 1  # touches the second structure's largest piece, but not its own
+    classes[4, 0, 0] = 2
+    nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((6, 6, 6)), np.eye(4)), tmp_path / "case.nii.gz")
+    before = preprocessing(["image"])
+    image = before({"image": str(tmp_path / "case.nii.gz")})["image"]
+    output = torch.nn.functional.one_hot(classes, 3).movedim(-1, 0).float()
+
+    def segmentation(**options: bool) -> torch.Tensor:
+        case = {
+            "image": image,
+            "pred": MetaTensor(output, meta=image.meta, applied_operations=image.applied_operations),
+        }
+        return postprocessing(before, LABELS, **options)(case)["segmentation"]
+
+    assert torch.equal(segmentation()[0].long(), classes)
+    kept = segmentation(largest_component=True)
+    assert kept.dtype == torch.uint8
+    expected = classes.clone()
+    expected[5, 5, 4:] = 0
+    expected[4, 0, 0] = expected[1, 1, 5] = 0
+    assert torch.equal(kept[0].long(), expected)

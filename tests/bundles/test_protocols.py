@@ -1,0 +1,157 @@
+"""The literature's protocol on the left atrium, as overlays over the teacher's and the student's training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from bundle_runs import config
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import KeepLargestConnectedComponentd
+
+import common.data
+import common.engines
+import common.networks
+import common.transforms
+from common.networks.vnet import VNet
+
+LEFT_ATRIUM = "protocols/left_atrium.json"
+STRONG_VIEW = "protocols/left_atrium_strong_view.json"
+SMALL = [2, 2, 2, 2, 2]
+
+
+def parsed(bundle: str, *names: str) -> ConfigParser:
+    parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
+    parser.read_config([config(bundle, name) for name in names])
+    parser["device"], parser["features"] = "cpu", SMALL
+    if bundle == "student":
+        parser["teacher"] = None
+    return parser
+
+
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_network_and_training_are_the_literatures(bundle: str) -> None:
+    parser = parsed(bundle, "train.json", LEFT_ATRIUM)
+    assert [parser[key] for key in ("patch_size", "spacing")] == [[112, 112, 80], [0.625] * 3]
+    assert parser["batch_size"] == {"teacher": 4, "student": 2}[bundle]
+    assert parser["iterations_per_epoch"] * parser["train#trainer#max_epochs"] == 6000
+    assert parser["select"] == "last"
+    network = parser.get_parsed_content("network_def")
+    assert isinstance(network, VNet)
+    assert network.segmentation_decoder.heads[-1].out_channels == 2
+    assert all(size % by == 0 for size, by in zip(parser["patch_size"], network.divisor, strict=True))
+    (group,) = parser.get_parsed_content("train#optimizer").param_groups
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+    assert parser.get_parsed_content("gradient_clip") is None
+
+
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_the_learning_rate_falls_every_2500_steps(bundle: str) -> None:
+    parser = parsed(bundle, "train.json", LEFT_ATRIUM)
+    optimizer, scheduler = (parser.get_parsed_content(f"train#{key}") for key in ("optimizer", "lr_scheduler"))
+    handler = next(h for h in parser["train#handlers"] if h["_target_"] == "LrScheduleHandler")
+    assert handler["epoch_level"] is False, "a step of the scheduler is a step of the training"
+    rates = []
+    for _ in range(6000):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert [rates[step] for step in (0, 2499, 2500, 4999, 5000, 5999)] == pytest.approx(
+        [0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
+    )
+
+
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_evaluation_is_dense_with_constant_weights_and_one_component(bundle: str) -> None:
+    parser = parsed(bundle, "train.json", "evaluate.json", LEFT_ATRIUM)
+    inferer = parser.get_parsed_content("validate#inferer")
+    starts = set()
+
+    def network(window: torch.Tensor) -> torch.Tensor:
+        starts.add(tuple(int(x) for x in window[0, :, 0, 0, 0]))
+        return window[:, :2]
+
+    size = (130, 113, 87)
+    image = torch.stack(torch.meshgrid(*[torch.arange(s, dtype=torch.float32) for s in size], indexing="ij"))[None]
+    inferer.sw_batch_size = 1
+    inferer(image, network)
+    assert starts == {(x, y, z) for x in (0, 18) for y in (0, 1) for z in (0, 4, 7)}
+    assert (inferer.mode.value, inferer.average) == ("constant", "probabilities")
+    steps = parser.get_parsed_content("validate#postprocessing").transforms
+    assert any(isinstance(step, KeepLargestConnectedComponentd) for step in steps)
+    without = parsed(bundle, "train.json", "evaluate.json").get_parsed_content("validate#postprocessing").transforms
+    assert not any(isinstance(step, KeepLargestConnectedComponentd) for step in without)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overlays", "stream"),
+    [
+        ("teacher", [LEFT_ATRIUM], ""),
+        ("student", [LEFT_ATRIUM], ""),
+        ("student", [LEFT_ATRIUM], "unlabeled_"),
+        ("student", [LEFT_ATRIUM, STRONG_VIEW], "unlabeled_"),
+    ],
+)
+def test_crops_lie_anywhere_and_are_turned_and_mirrored_in_the_plane(
+    bundle: str, overlays: list[str], stream: str
+) -> None:
+    parser = parsed(bundle, "train.json", *overlays)
+    parser["patch_size"] = [2, 2, 2]
+    views = common.transforms.chain(
+        *(parser.get_parsed_content(f"train#{stream}{part}") for part in ("crop", "augmentation"))
+    ).set_random_state(0)
+    volume = torch.arange(36).reshape(1, 3, 3, 4)
+    seen = []
+    for _ in range(1000):
+        case = {"image": MetaTensor(volume.float())}
+        if not stream:
+            case["label"] = MetaTensor(volume.to(torch.uint8))
+        view = views(case)
+        image = view["image"]
+        assert (type(image), image.dtype) == (torch.Tensor, torch.float32)
+        if not stream:
+            assert view["label"].dtype == torch.int64
+            assert torch.equal(view["label"], image.long())
+        assert ("strong" in view) == (STRONG_VIEW in overlays)
+        seen.append(tuple(int(x) for x in image.flatten()))
+    # Positions of the crop, times the eight ways to lay a square down; never upside down along the third axis.
+    assert len(set(seen)) == 2 * 2 * 3 * 8
+    assert all(view[1] == view[0] + 1 for view in seen)
+    upright = sum(abs(view[2] - view[0]) == 4 for view in seen) / len(seen)
+    assert 0.45 < upright < 0.55, "all four turns are equally frequent"
+
+
+def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice() -> None:
+    loss = parsed("teacher", "train.json", LEFT_ATRIUM).get_parsed_content("train#method#segmentation_loss")
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 2, 4, 4, 4), torch.randint(2, (2, 1, 4, 4, 4))
+    p, y = logits.softmax(1)[:, 1], label[:, 0].float()
+    dice = 1 - (2 * (p * y).sum() + 1e-5) / (p.square().sum() + y.square().sum() + 1e-5)
+    expected = 0.5 * (torch.nn.functional.cross_entropy(logits, label[:, 0]) + dice)
+    torch.testing.assert_close(loss([logits], label), expected)
+
+
+def test_it_trains_and_evaluates(workflow: Callable[..., None], phantoms: Path, tmp_path: Path) -> None:
+    small = {
+        "dataset_dir": str(phantoms),
+        "labels": {"0": "background", "1": "lumen", "2": "wall"},
+        "spacing": [1.0, 1.0, 1.0],
+        "patch_size": [32, 32, 32],
+        "features": SMALL,
+        "inferer#stride": [16, 16, 16],
+        "train#trainer#max_epochs": 1,
+        "iterations_per_epoch": 1,
+    }
+    teacher = {"output_dir": str(tmp_path / "teacher"), "ckpt_dir": str(tmp_path / "teacher")}
+    workflow("teacher", config("teacher", LEFT_ATRIUM), **small, **teacher)
+    student = {"output_dir": str(tmp_path / "student"), "ckpt_dir": str(tmp_path / "student")}
+    small["teacher_path"] = str(tmp_path / "teacher" / "model.pt")
+    overlays = [config("student", LEFT_ATRIUM), config("student", STRONG_VIEW)]
+    workflow("student", *overlays, **small, **student)
+    workflow("student", *overlays, names=("train.json", "evaluate.json"), **small, **student)
+    summary = json.loads((tmp_path / "student" / "summary.json").read_text())
+    assert {"hd95", "hd95_pooled", "hd95_pooled_voxels", "asd_voxels"} <= set(summary["labels"]["wall"])

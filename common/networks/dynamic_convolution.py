@@ -1,0 +1,180 @@
+"""Convolution whose kernel follows the image, and nnU-Net's U-Net made of it.
+
+DyBAC: Lei et al., "Semi-Supervised Medical Image Segmentation Using Adversarial Consistency Learning and Dynamic
+Convolution Network" (ASE-Net), IEEE TMI 2023. Its parts: spatial squeeze and excitation (Roy, Navab & Wachinger,
+MICCAI 2018), and dynamic convolution with a softmax temperature that is annealed (Chen et al., "Dynamic Convolution:
+Attention over Convolution Kernels", CVPR 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Conv
+from torch import Tensor, nn
+
+from ..errors import BadInput
+from .unet import PerAxis, SegmentationNetwork, full_precision, initialise, per_axis
+
+__all__ = ["DyBAC", "DyBACNetwork", "anneal", "make_dynamic"]
+
+SPATIAL_REDUCTION = 16
+KERNEL_REDUCTION = 4
+
+
+class DyBAC(nn.Module):
+    """Dynamic convolution with bidirectional attention, in the place of a convolution of the same sizes.
+
+    1. Spatial attention: each voxel is multiplied by ``sigmoid(norm(conv(conv(x))))``, 1x1 convolutions to C/16
+       channels and to one, normalised over the map of each sample.
+    2. A depthwise convolution with the kernel ``sum_n a_n W_n`` of N learnt ones. Its attention over kernels, for each
+       sample, is ``a = softmax(linear(relu(linear(mean over voxels))) / temperature)``, of what step 1 gave.
+    3. A 1x1 convolution to the output's channels.
+
+    The weights a start near 1/N, at a high temperature, so that all kernels learn, and get sharper as :func:`anneal`
+    lowers it to 1.
+
+    The released code has batch norm in step 1; a norm of each sample's map gives the same result in training and in
+    inference, whatever else is in the batch, as does the instance norm of the rest of the network.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: C.
+        out_channels: channels of the output.
+        kernel_size: odd, an integer or one an axis.
+        stride: an integer or one an axis.
+        bias: of the last 1x1 convolution.
+        kernels: N.
+        temperature: where annealing starts, at least 1.
+
+    Raises:
+        BadInput: a value is impossible.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: PerAxis = 3,
+        stride: PerAxis = 1,
+        bias: bool = True,
+        kernels: int = 4,
+        temperature: float = 34.0,
+    ) -> None:
+        super().__init__()
+        if spatial_dims not in (2, 3):
+            raise BadInput(f"spatial_dims: found {spatial_dims}, expected 2 or 3.")
+        if kernels < 1:
+            raise BadInput(f"kernels: found {kernels}, expected 1 or more, such as 4.")
+        if not temperature >= 1:
+            raise BadInput(f"temperature: found {temperature}, expected 1 or more, such as 34.")
+        size = per_axis(kernel_size, spatial_dims, "kernel_size")
+        if any(k % 2 == 0 for k in size):
+            raise BadInput(f"kernel_size: found {size}, expected odd sizes: 1, 3, 5 ...")
+        self.spatial_dims = spatial_dims
+        self.stride = per_axis(stride, spatial_dims, "stride")
+        self.padding = [k // 2 for k in size]
+        self.initial_temperature = float(temperature)
+        # A buffer, so that a resumed run and the deployed weights have the temperature that the training was at.
+        self.register_buffer("temperature", torch.tensor(self.initial_temperature))
+
+        pointwise = Conv[Conv.CONV, spatial_dims]
+        squeezed = max(in_channels // SPATIAL_REDUCTION, 1)
+        # Without biases, which the norm would take away again.
+        self.spatial_excitation = nn.Sequential(
+            pointwise(in_channels, squeezed, 1, bias=False), pointwise(squeezed, 1, 1, bias=False)
+        )
+        self.spatial_scale = nn.Parameter(torch.ones(()))
+        self.spatial_shift = nn.Parameter(torch.zeros(()))
+        hidden = in_channels // KERNEL_REDUCTION + 1
+        self.kernel_excitation = nn.Sequential(
+            nn.Linear(in_channels, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, kernels, bias=False)
+        )
+        self.kernels = nn.Parameter(torch.empty(kernels, in_channels, *size))
+        self.output = pointwise(in_channels, out_channels, 1, bias=bias)
+        initialise(self)
+        nn.init.normal_(self.kernels, std=math.prod(size) ** -0.5)
+
+    def extra_repr(self) -> str:
+        """What a printed network says of this block."""
+        return f"kernels={tuple(self.kernels.shape)}, stride={self.stride}, temperature={float(self.temperature):g}"
+
+    @torch.jit.unused
+    def set_progress(self, fraction: float) -> None:
+        """Set the temperature, on the line from its first value at ``fraction`` 0 to 1 at ``fraction`` 1 and after."""
+        self.temperature.fill_(1.0 + (self.initial_temperature - 1.0) * (1.0 - min(max(fraction, 0.0), 1.0)))
+
+    def kernel_attention(self, x: Tensor) -> Tensor:
+        """The weights (B, N) of the kernels for each sample of ``x`` (B, C, *spatial); each sample's sum to 1."""
+        return torch.softmax(full_precision(self.kernel_excitation(x.flatten(2).mean(2))) / self.temperature, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to (B, out_channels, *spatial), each axis divided by its stride and rounded up."""
+        excitation = self.spatial_excitation(x)
+        excitation = F.layer_norm(excitation, excitation.shape[1:]) * self.spatial_scale + self.spatial_shift
+        x = x * torch.sigmoid(excitation)
+        kernels = torch.einsum("bn,nc...->bc...", self.kernel_attention(x), self.kernels)
+        # One convolution for the whole batch: its samples side by side as channels, each a group with its own kernel.
+        batch, channels = x.shape[0], x.shape[1]
+        groups = batch * channels
+        x, kernels = x.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1).unsqueeze(1)
+        if self.spatial_dims == 2:
+            x = F.conv2d(x, kernels, None, self.stride, self.padding, 1, groups)
+        else:
+            x = F.conv3d(x, kernels, None, self.stride, self.padding, 1, groups)
+        return self.output(x.squeeze(0).unflatten(0, [batch, channels]))
+
+
+def make_dynamic(block: Convolution) -> None:
+    """Put a :class:`DyBAC` in the place of the convolution inside a MONAI block; norm and activation stay."""
+    conv = block.conv
+    block.conv = DyBAC(
+        spatial_dims=len(conv.kernel_size),
+        in_channels=conv.in_channels,
+        out_channels=conv.out_channels,
+        kernel_size=conv.kernel_size,
+        stride=conv.stride,
+        bias=conv.bias is not None,
+    )
+
+
+def anneal(network: nn.Module, fraction: float) -> None:
+    """Call :meth:`DyBAC.set_progress` of every such block in ``network``; a network without any is left as it is."""
+    for module in network.modules():
+        if isinstance(module, DyBAC):
+            module.set_progress(fraction)
+
+
+class DyBACNetwork(SegmentationNetwork):
+    """nnU-Net's U-Net with :class:`DyBAC` in the place of every stage's convolutions but the very first.
+
+    The first one stays as it is, since a depthwise convolution of a single image channel would see too little. So do
+    the transposed convolutions and the heads.
+
+    Args:
+        spatial_dims, in_channels, out_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout: see
+            :class:`~common.networks.SegmentationNetwork`.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int],
+        kernel_sizes: Sequence[PerAxis],
+        strides: Sequence[PerAxis],
+        convolutions_per_stage: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            spatial_dims, in_channels, out_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+        )
+        stages = [*self.encoder.stages, *self.segmentation_decoder.stages]
+        for block in [block for stage in stages for block in stage][1:]:
+            make_dynamic(block)

@@ -92,20 +92,25 @@ def _from_windows(tokens: Tensor, size: list[int], window: list[int]) -> Tensor:
     return x.permute(order).reshape([x.shape[0], tokens.shape[-1]] + size)  # noqa: RUF005 (TorchScript)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, largest_formed: int = 256) -> Tensor:
     """softmax(Q K^T / sqrt(d) + bias of the keys) V.
 
     Args:
         query, key, value: (B, heads, tokens, d).
         bias: (B, tokens, 1), the same for all queries and heads.
-
-    The bias goes in as one more channel: a mask that needs a gradient would keep the fused kernels out, at ten times
-    the time and all of the tokens x tokens memory.
+        largest_formed: on a CPU, the number of tokens up to which the scores are formed: for many small windows the
+            backward pass of its fused kernel takes several times as long.
     """
     channels = query.shape[-1]
+    if query.device.type == "cpu" and query.shape[-2] <= largest_formed:
+        scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(channels)
+        if bias is not None:
+            scores = scores + bias.transpose(1, 2).unsqueeze(1).to(scores.dtype)
+        return torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value)
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value)
-    # The fused kernels on GPUs want a multiple of 8 channels.
+    # The bias goes in as one more channel: a mask that needs a gradient would keep the fused kernels out, at ten times
+    # the time and all of the tokens x tokens memory. The kernels on GPUs want a multiple of 8 channels.
     extra = 8 - channels % 8
     constant = torch.full_like(query[..., :1], math.sqrt(channels))
     of_heads = bias.unsqueeze(1).to(key.dtype).expand(-1, key.shape[1], -1, -1)

@@ -31,6 +31,22 @@ def test_against_a_softmax_by_hand():
     torch.testing.assert_close(_attend(query, key, value, None).flatten(), plain)
 
 
+def test_formed_scores_equal_the_fused_kernel():
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 2, 20, 5, dtype=torch.double, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(3, 20, 1, dtype=torch.double, requires_grad=True)
+    for given in (None, bias):
+        formed, fused = _attend(*tensors, given), _attend(*tensors, given, largest_formed=0)
+        torch.testing.assert_close(formed, fused)
+        inputs = [*tensors, bias] if given is not None else tensors
+        for one, other in zip(
+            torch.autograd.grad(formed.square().sum(), inputs),
+            torch.autograd.grad(fused.square().sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
 def test_the_bias_is_an_additive_mask_also_for_gradients():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 5, 4, dtype=torch.double, requires_grad=True) for _ in range(3))

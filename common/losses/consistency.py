@@ -6,6 +6,8 @@ neural network", 2015.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from monai.losses import DiceLoss
@@ -13,6 +15,7 @@ from monai.networks import one_hot
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .segmentation import _resized, deep_supervision_weights
 
 __all__ = ["ConfidenceMaskedConsistency", "distillation_loss"]
 
@@ -52,28 +55,38 @@ class ConfidenceMaskedConsistency(nn.Module):
         self.dice_weight = dice_weight
         self.dice = DiceLoss(include_background=False, batch=True, reduction="none", soft_label=labels == "soft")
 
-    def forward(self, student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, student_logits: Tensor | Sequence[Tensor], teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
         """The loss, a scalar.
 
         Args:
-            student_logits: (B, K, *spatial).
+            student_logits: (B, K, *spatial), or a list of them from high to low resolution, weighted by
+                :func:`~common.losses.deep_supervision_weights`; the others are brought to their sizes by nearest
+                neighbour.
             teacher_probabilities: (B, K, *spatial), summing to 1 along the classes; taken as constant.
             mask: (B, 1, *spatial), bool, the voxels that count.
 
         Raises:
             BadInput: when the shapes do not fit one another.
         """
+        levels = [student_logits] if isinstance(student_logits, Tensor) else list(student_logits)
+        student_logits = levels[0]
         _check_same_shape(student_logits, teacher_probabilities)
         if mask.shape != (student_logits.shape[0], 1, *student_logits.shape[2:]):
             raise BadInput(
                 f"The mask has shape {tuple(mask.shape)} for logits of {tuple(student_logits.shape)}; "
                 f"expected {(student_logits.shape[0], 1, *student_logits.shape[2:])}."
             )
-        mask = mask.bool()
+        teacher, mask = teacher_probabilities.detach().float(), mask.float()
+        return sum(
+            weight * self._level(level, _resized(teacher, level.shape[2:]), _resized(mask, level.shape[2:]).bool())
+            for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True)
+        )
+
+    def _level(self, student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
         # Replaced before any arithmetic: a weight of 0 does not silence a NaN or an infinity.
         student = torch.where(mask, student_logits.float(), 0.0)
         num_classes = student.shape[1]
-        teacher = torch.where(mask, teacher_probabilities.detach().float(), 1.0 / num_classes)
+        teacher = torch.where(mask, teacher_probabilities, 1.0 / num_classes)
         pseudo_label = teacher.argmax(dim=1, keepdim=True)
         if self.labels == "hard":
             loss = F.cross_entropy(student, pseudo_label.squeeze(1), reduction="none").unsqueeze(1)

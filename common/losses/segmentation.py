@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from monai.losses import DeepSupervisionLoss, DiceCELoss
+import torch.nn.functional as F
+from monai.losses import DiceLoss
+from monai.networks import one_hot
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
@@ -51,21 +53,16 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, batch_dice: bool = True, include_background: bool = False) -> None:
         super().__init__()
-        self.dice_and_cross_entropy = DiceCELoss(
-            include_background=include_background,
-            to_onehot_y=True,
-            softmax=True,
-            batch=batch_dice,
-            smooth_nr=1e-5,
-            smooth_dr=1e-5,
-        )
+        self.dice = DiceLoss(include_background=include_background, batch=batch_dice, smooth_nr=1e-5, smooth_dr=1e-5)
 
-    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss, a scalar.
 
         Args:
             logits: (B, K, *spatial), or a list of them from high to low resolution.
             label: (B, 1, *spatial), class ids 0 to K - 1, at the first output's size.
+            mask: (B, 1, *spatial), bool, the voxels that count, both in the Dice's sums and in the cross-entropy's
+                mean; by default all. None at all gives 0.
 
         Raises:
             BadInput: when there is no output, fewer than two classes, or label and first output differ in size.
@@ -75,16 +72,35 @@ class SegmentationLoss(nn.Module):
         first = outputs[0]
         if first.shape[1] < 2:
             raise BadInput(f"The network gives {first.shape[1]} class; expected at least 2, background included.")
-        if label.shape != (first.shape[0], 1, *first.shape[2:]):
-            raise BadInput(
-                f"The label has shape {tuple(label.shape)}, the network's output {tuple(first.shape)}; "
-                f"expected the label as {(first.shape[0], 1, *first.shape[2:])}. Crop or pad image and label alike."
-            )
-        # As a float, because PyTorch has no nearest interpolation of integers; ids stay exact.
-        target = convert_to_tensor(label, track_meta=False).float()
-        # One wrapper a number of outputs: MONAI falls back on its own weights, silently, when given too few.
-        loss = DeepSupervisionLoss(self.dice_and_cross_entropy, weights=weights)
+        for name, volume in (("label", label), ("mask", mask)):
+            if volume is not None and volume.shape != (first.shape[0], 1, *first.shape[2:]):
+                raise BadInput(
+                    f"The {name} has shape {tuple(volume.shape)}, the network's output {tuple(first.shape)}; expected "
+                    f"the {name} as {(first.shape[0], 1, *first.shape[2:])}. Crop or pad image and {name} alike."
+                )
+        # As floats, because PyTorch has no nearest interpolation of integers; ids stay exact.
+        label = convert_to_tensor(label, track_meta=False).float()
+        mask = None if mask is None else mask.float()
         with torch.autocast(device_type=first.device.type, enabled=False):
             # The lowest output's weight of 0 keeps it in the graph, so that distributed training finds a gradient for
             # it.
-            return loss([convert_to_tensor(output, track_meta=False).float() for output in outputs], target)
+            return sum(
+                weight * self._level(convert_to_tensor(output, track_meta=False).float(), label, mask)
+                for weight, output in zip(weights, outputs, strict=True)
+            )
+
+    def _level(self, logits: Tensor, label: Tensor, mask: Tensor | None) -> Tensor:
+        size = logits.shape[2:]
+        target = _resized(label, size).long()
+        probabilities, reference = logits.softmax(1), one_hot(target, logits.shape[1])
+        if mask is None:
+            return self.dice(probabilities, reference) + F.cross_entropy(logits, target.squeeze(1))
+        mask = _resized(mask, size)
+        cross_entropy = F.cross_entropy(logits, target.squeeze(1), reduction="none").unsqueeze(1)
+        count = mask.sum()
+        loss = self.dice(probabilities * mask, reference * mask) + (cross_entropy * mask).sum() / count.clamp(min=1)
+        return loss * (count > 0)
+
+
+def _resized(volume: Tensor, size: torch.Size) -> Tensor:
+    return volume if volume.shape[2:] == size else F.interpolate(volume, size=size, mode="nearest-exact")

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from .aggregating_decoupling import AggregatingDecoupling
+from .ase_net import ASENet
 from .base import Method
+from .bcp import BidirectionalCopyPaste
+from .cps import CrossPseudoSupervision
 from .distillation import Distillation
 from .dual_decoder import DualDecoder
+from .knowledge_distillation import KnowledgeDistillation
+from .mean_teacher import MeanTeacher
 from .moving_average import MovingAverage
 from .supervised import Supervised
+from .ua_mt import UncertaintyAwareMeanTeacher
 
-__all__ = ["Distillation", "DualDecoder", "Method", "MovingAverage", "Supervised"]
+__all__ = [
+    "ASENet",
+    "AggregatingDecoupling",
+    "BidirectionalCopyPaste",
+    "CrossPseudoSupervision",
+    "Distillation",
+    "DualDecoder",
+    "KnowledgeDistillation",
+    "MeanTeacher",
+    "Method",
+    "MovingAverage",
+    "Supervised",
+    "UncertaintyAwareMeanTeacher",
+]

@@ -37,6 +37,11 @@ class Method(nn.Module):
         """
         self.step, self.total_steps = step, max(total_steps, 1)
 
+    @property
+    def deployed(self) -> nn.Module:
+        """The network to validate and to write: a method's ``network``, unless it says otherwise."""
+        return self.network
+
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         """The losses of one batch.
 

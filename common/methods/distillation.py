@@ -3,9 +3,11 @@
 The loss is ``L_sup + weight * R(t) * L_cons + alignment_weight * L_align``. The teacher labels a weakly augmented view
 of an unlabelled crop, the student learns those labels on a strongly augmented view of the same voxels, only where the
 teacher is certain (FixMatch, Sohn et al., NeurIPS 2020, brought to voxels), and its encoder features stay near the
-teacher's (FitNets, Romero et al., ICLR 2015). Boxes of the strong views may be swapped within the batch together with
-their labels (CutMix, Yun et al., ICCV 2019; French et al., BMVC 2020: what segmentation needs is strong, varied
-perturbation).
+teacher's (FitNets, Romero et al., ICLR 2015).
+
+Strong views and labelled crops swap boxes, voxels with their labels (CutMix, Yun et al., ICCV 2019; BCP, Bai et al.,
+CVPR 2023). The few labelled volumes are then never seen twice in the same surroundings, and labels and pseudo-labels
+are learnt in one image.
 """
 
 from __future__ import annotations
@@ -32,19 +34,39 @@ from .moving_average import MovingAverage
 __all__ = ["Distillation"]
 
 
-def random_boxes(batch: Tensor, probability: float) -> Tensor:
+def random_boxes(batch: Tensor, probability: float, sides: Sequence[float] = (0.25, 0.75)) -> Tensor:
     """A random box in each item of a batch (B, C, *spatial), as a mask (B, 1, *spatial).
 
-    An item has a box with ``probability``, else none; its sides are a quarter to three quarters of the item's.
+    An item has a box with ``probability``, else none.
+
+    Args:
+        batch: gives the shape.
+        probability: of a box.
+        sides: shortest and longest side, as shares of the item's.
     """
+    shortest, longest = sides
     size = batch.shape[2:]
     mask = torch.zeros((batch.shape[0], 1, *size), dtype=torch.bool)
     for item in mask:
         if torch.rand(()) < probability:
-            sides = [max(1, round(length * (0.25 + 0.5 * float(torch.rand(()))))) for length in size]
-            starts = [int(torch.randint(length - side + 1, ())) for length, side in zip(size, sides, strict=True)]
-            item[(0, *(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))] = True
+            shares = [shortest + (longest - shortest) * float(torch.rand(())) for _ in size]
+            lengths = [max(1, round(length * share)) for length, share in zip(size, shares, strict=True)]
+            starts = [int(torch.randint(whole - length + 1, ())) for whole, length in zip(size, lengths, strict=True)]
+            item[(0, *(slice(start, start + length) for start, length in zip(starts, lengths, strict=True)))] = True
     return mask.to(batch.device)
+
+
+def swap_boxes(first: Tensor, second: Tensor, box: Tensor) -> Tensor:
+    """Two batches in one, (B1 + B2, C, *spatial), the boxes swapped between the leading items of both.
+
+    Args:
+        first: (B1, C, *spatial).
+        second: (B2, C, *spatial).
+        box: (B, 1, *spatial), bool, B at most B1 and B2.
+    """
+    pairs = box.shape[0]
+    one, other = first[:pairs], second[:pairs]
+    return torch.cat([torch.where(box, other, one), first[pairs:], torch.where(box, one, other), second[pairs:]])
 
 
 class Distillation(Method):
@@ -62,7 +84,8 @@ class Distillation(Method):
         ramp_up: length of the sigmoid ramp-up as a fraction of the run.
         alignment: feature alignment, or None.
         alignment_weight: its weight.
-        mix_probability: how often a strong view has a box swapped for that of the next unlabelled crop in the batch.
+        mix_probability: how often a labelled crop and a strong view swap a box, labels and pseudo-labels with it.
+        mix_sides: shortest and longest side of such a box, as shares of the crop's.
         decay: of the student's moving average. None for none.
         labels_from: ``"teacher"`` (the method as proposed) or ``"moving_average"``: after ``warm_up`` the student's own
             average gives the labels, since a student that has overtaken its teacher should not be held to it. The
@@ -90,6 +113,7 @@ class Distillation(Method):
         alignment: FeatureAlignment | None = None,
         alignment_weight: float = 0.1,
         mix_probability: float = 0.5,
+        mix_sides: Sequence[float] = (0.25, 0.75),
         decay: float | None = 0.99,
         labels_from: str = "teacher",
         warm_up: float = 0.2,
@@ -113,6 +137,7 @@ class Distillation(Method):
         self.alignment = alignment
         self.alignment_weight = alignment_weight
         self.mix_probability = mix_probability
+        self.mix_sides = tuple(mix_sides)
         self.average = MovingAverage(network, decay) if decay is not None else None
         self.labels_from = labels_from
         self.deploy = deploy
@@ -139,21 +164,25 @@ class Distillation(Method):
             mask = confidence_mask(estimate, thresholds.to(estimate.certainty.device))
             kept = kept_fraction(mask, estimate.probabilities)
             fraction = mask.float().mean()
-            box = random_boxes(strong, self.mix_probability)
-            weak, strong, mask, probabilities = (
-                torch.where(box, view.roll(1, 0), view) for view in (weak, strong, mask, estimate.probabilities)
-            )
 
-        count = labeled["image"].shape[0]
-        features, logits = self.network.forward_all(torch.cat([labeled["image"], strong]))
-        supervised = self.segmentation_loss([level[:count] for level in logits], labeled["label"])
-        consistency = self.consistency(logits[0][count:], probabilities, mask)
+        label = labeled["label"].long()
+        count = label.shape[0]
+        box = random_boxes(strong[:count], self.mix_probability, self.mix_sides)
+        supervised_voxels = swap_boxes(torch.ones_like(label, dtype=torch.bool), torch.zeros_like(mask), box)
+        certain_voxels = swap_boxes(torch.zeros_like(label, dtype=torch.bool), mask, box)
+        labels = swap_boxes(label, torch.zeros_like(mask, dtype=label.dtype), box)
+        unknown = estimate.probabilities.new_zeros(count, *estimate.probabilities.shape[1:])
+        probabilities = swap_boxes(unknown, estimate.probabilities, box)
+
+        features, logits = self.network.forward_all(swap_boxes(labeled["image"], strong, box))
+        supervised = self.segmentation_loss(logits, labels, supervised_voxels)
+        consistency = self.consistency(logits, probabilities, certain_voxels)
         ramp = sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         loss = supervised + self.consistency_weight * ramp * consistency
         terms = {"loss": loss, "segmentation": supervised, "consistency": consistency}
         if self.alignment is not None and self.alignment_weight > 0 and self.teacher_labels:
             with torch.no_grad():
-                teacher_features = self.teacher.encoder(weak)
+                teacher_features = self.teacher.encoder(swap_boxes(labeled["image"], weak, box)[count:])
             terms["alignment"] = self.alignment([level[count:] for level in features], teacher_features)
             terms["loss"] = loss + self.alignment_weight * terms["alignment"]
         terms["kept/all"] = fraction

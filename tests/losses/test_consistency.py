@@ -159,3 +159,16 @@ def test_distillation_by_hand() -> None:
         distillation_loss(student, teacher, None, 2.0, 0.5)
     with pytest.raises(BadInput, match="weight"):
         distillation_loss(student, teacher, target, 2.0, 1.5)
+
+
+def test_lower_resolutions_are_weighted_as_in_deep_supervision() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4, 4), torch.randn(1, 3, 2, 2)]
+    # Blocks of 4, so that nearest neighbour leaves every level with the same regions.
+    blocks = torch.randn(1, 3, 2, 2).softmax(1)
+    teacher = blocks.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    loss = ConfidenceMaskedConsistency("hard", dice_weight=1.0)
+    first = loss(logits[0], teacher, mask)
+    second = loss(logits[1], teacher[..., ::2, ::2], mask[..., ::2, ::2])
+    assert loss(logits, teacher, mask).item() == pytest.approx((2 * first.item() + second.item()) / 3, rel=1e-5)

@@ -100,3 +100,31 @@ def test_wrong_shapes() -> None:
         SegmentationLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 8, 8))
     with pytest.raises(BadInput, match="at least one output"):
         SegmentationLoss()([], torch.zeros(1, 1, 8, 8))
+
+
+def test_what_lies_outside_the_mask_changes_nothing() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)]
+    label = torch.randint(3, (2, 1, 8, 8))
+    mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4, :] = True
+    loss = SegmentationLoss()
+    # The Dice's sums and the cross-entropy's mean are those of the upper half alone.
+    upper = loss([output[..., : output.shape[2] // 2, :] for output in logits], label[..., :4, :])
+    assert loss(logits, label, mask).item() == pytest.approx(upper.item(), rel=1e-5)
+    other = torch.where(mask, label, 2 - label)
+    assert loss(logits, other, mask).item() == loss(logits, label, mask).item()
+    assert loss(logits, label, torch.ones_like(mask)).item() == pytest.approx(loss(logits, label).item(), rel=1e-6)
+
+
+def test_an_empty_mask_gives_nothing() -> None:
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = SegmentationLoss()(logits, torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not logits.grad.any()
+
+
+def test_a_mask_on_another_grid_is_refused() -> None:
+    with pytest.raises(BadInput, match="mask"):
+        SegmentationLoss()(torch.zeros(1, 2, 4, 4), torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 2, 2))

@@ -13,6 +13,7 @@ COMMANDS = {
     "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
     "plan": ("common.plan", "plan spacing, patch, network and intensities for a data set"),
     "study": ("common.study", "run experiments of several stages and comparisons, and write their tables"),
+    "compare": ("common.compare", "train and evaluate the published systems alike, and compare them as papers do"),
     "demo": ("common.demo", "train, evaluate and compare all three stages, and write a report with pictures"),
 }
 

@@ -78,7 +78,8 @@ class Study:
     """A study on one data folder.
 
     Args:
-        description: the content of the study's file.
+        description: the content of the study's file. ``set`` overrides every run's config, ``evaluate`` that of the
+            evaluations alone.
         data: folder with the datalists.
         output: where everything goes; ``<run>/seed<k>`` a run.
         seeds: each run is repeated with each of them.
@@ -164,6 +165,7 @@ class Study:
         else:
             trained = self._model(run.name, seed).parent
         files = [str(configs / "train.json"), str(configs / "evaluate.json"), *overlays]
+        settings.update(self.description.get("evaluate", {}))
         test = {**settings, "output_dir": str(folder / "test"), "ckpt_dir": str(trained)}
         commands.append(self._command(files, test))
         return commands

@@ -29,6 +29,7 @@ from ..errors import BadInput
 from ..losses import SegmentationLoss, sigmoid_ramp_up
 from ..networks.dynamic_convolution import anneal
 from .base import Method
+from .mean_teacher import clipped_noise
 from .moving_average import MovingAverage
 
 __all__ = ["ASENet", "three_way_consistency"]
@@ -38,7 +39,7 @@ FAKE, REAL = 0, 1
 
 def add_noise(image: Tensor) -> Tensor:
     """``image`` with Gaussian noise of standard deviation 0.1, clipped to -0.2 and 0.2."""
-    return image + (0.1 * torch.randn_like(image)).clamp(-0.2, 0.2)
+    return image + clipped_noise(image, 0.1)
 
 
 def three_way_consistency(clean: Tensor, noisy: Tensor, teacher: Tensor) -> Tensor:

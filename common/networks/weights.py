@@ -48,7 +48,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         BadInput: when the file is missing, unreadable, damaged, or holds something else.
     """
-    if not Path(path).is_file():
+    if path is None or not Path(path).is_file():
         raise BadInput(
             f"{path}: no such weights file. Train the stage that writes it first (models/model.pt of its bundle), or "
             "give the path of another one."

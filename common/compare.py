@@ -1,0 +1,324 @@
+"""Comparison of the student's recipes: the same data, network, steps and evaluation, and a table as in the papers.
+
+``python -m common compare --recipes all --data DATA/hippocampus --datalist datalist_4.json --seeds 0,1,2 --steps 900
+--output OUTPUT`` describes a study (see :mod:`common.study`): supervised on the labelled cases, the project's own method
+and each recipe of ``bundles/student/configs/recipes``. What is done already is not done again. OUTPUT then holds
+``compare.md``, ``compare.json`` and ``compare.png``, which :mod:`common.comparison` makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .comparison import Comparison
+from .data.datalist import load_section, read_datalist
+from .errors import BadInput
+from .files import write_atomically
+from .study import ROOT, Study
+
+__all__ = ["Recipe", "add_arguments", "check_earlier", "choose_recipes", "describe", "main", "read_recipes"]
+
+OWN, SUPERVISED, TEACHER, UPPER_BOUND = "distillation", "supervised", "teacher", "supervised_all"
+_CONFIGS = ROOT / "bundles" / "student" / "configs"
+_TITLES = {
+    OWN: "Distillation (own)",
+    "aggregating_decoupling": "A&D",
+    "ase_net": "ASE-Net",
+    "ase_net_dybac": "ASE-Net with DyBAC",
+    "bcp": "BCP",
+    "cps": "CPS",
+    "knowledge_distillation": "Knowledge distillation",
+    "mean_teacher": "Mean Teacher",
+    "ua_mt": "UA-MT",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method of the student's bundle.
+
+    Args:
+        name: of its file, and of its runs.
+        overlays: the files, in their order; none for the bundle's own method.
+        content: their keys.
+    """
+
+    name: str
+    overlays: tuple[str, ...] = ()
+    content: Mapping[str, Any] | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in tables; a variant's begins with that of its recipe."""
+        base = max((name for name in _TITLES if self.name.startswith(name)), key=len, default="")
+        return (_TITLES.get(base, "") + self.name.removeprefix(base).replace("_", " ")).strip()
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether it changes another recipe."""
+        return len(self.overlays) > 1
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it starts from a trained teacher, whose steps then count as its own."""
+        return "teacher_path" not in (self.content or {})
+
+    @property
+    def has_own_optimizer(self) -> bool:
+        """Whether it names its optimiser, and with it the learning rate."""
+        return any(key.startswith("train#optimizer") for key in self.content or {})
+
+    @property
+    def has_own_views(self) -> bool:
+        """Whether it says how unlabelled crops are augmented."""
+        return "train#unlabeled_augmentation" in (self.content or {})
+
+
+def read_recipes(folder: Path = _CONFIGS / "recipes") -> dict[str, Recipe]:
+    """The own method and every recipe of a folder, by name.
+
+    A file that names no ``train#method`` is a variant of the recipe by whose name its own begins, and lies on top of it.
+    """
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    recipes = {OWN: Recipe(OWN)}
+    for name, content in contents.items():
+        names = [name]
+        if "train#method" not in content:
+            bases = [base for base in contents if "train#method" in contents[base] and name.startswith(f"{base}_")]
+            if not bases:
+                raise BadInput(f"recipe {folder / name}.json: it names no `train#method`, nor whose variant it is.")
+            names.insert(0, max(bases, key=len))
+        merged = {key: value for part in names for key, value in contents[part].items()}
+        recipes[name] = Recipe(name, tuple(f"recipes/{part}.json" for part in names), merged)
+    return recipes
+
+
+def choose_recipes(names: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
+    """The recipes of a comma-separated list; ``all`` stands for those that are no variants. The own method is first."""
+    chosen = {OWN: recipes[OWN]}
+    for name in (name.strip() for name in names.split(",")):
+        if name == "all":
+            chosen.update({key: recipe for key, recipe in recipes.items() if not recipe.is_variant})
+        elif name in recipes:
+            chosen[name] = recipes[name]
+        elif name:
+            raise BadInput(f"--recipes: there is no recipe {name!r}; choose from all, {', '.join(recipes)}.")
+    return list(chosen.values())
+
+
+def _protocol(name: str | None, bundle: str, recipe: Recipe | None = None) -> tuple[str, ...]:
+    """The overlays of a published protocol, with strong views for a method that has no views of its own."""
+    if name is None:
+        return ()
+    overlays = [f"protocols/{name}.json"]
+    if not (ROOT / "bundles" / bundle / "configs" / overlays[0]).is_file():
+        raise BadInput(f"--protocol: the bundle {bundle!r} has no configs/{overlays[0]}.")
+    strong = f"protocols/{name}_strong_view.json"
+    if recipe is not None and not recipe.has_own_views and (_CONFIGS / strong).is_file():
+        overlays.append(strong)
+    return tuple(overlays)
+
+
+def describe(
+    recipes: Sequence[Recipe],
+    datalist: str,
+    steps: int,
+    iterations_per_epoch: int = 50,
+    upper_bound: str | None = None,
+    optimizer: Mapping[str, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    plan: Mapping[str, Any] | None = None,
+    protocol: str | None = None,
+) -> dict[str, Any]:
+    """The comparison as a study's description.
+
+    Args:
+        recipes: the rows beside the supervised one.
+        datalist: file name in the data folder.
+        steps: of every row in all; one that starts from a teacher takes two thirds of them after the teacher's third.
+        iterations_per_epoch: steps are rounded to none, they must be a multiple of this.
+        upper_bound: datalist with all labels, for one more supervised row.
+        optimizer: ``learning_rate`` and ``momentum`` of the runs whose recipe names no optimiser of its own.
+        settings: overrides of every run.
+        plan: what the study plans, see :class:`~common.study.Study`; None for the bundles' own configuration.
+        protocol: name of overlays in the bundles' ``configs/protocols``.
+
+    Raises:
+        BadInput: steps that can't be divided, or an unknown protocol.
+    """
+    epochs = steps // iterations_per_epoch
+    if iterations_per_epoch < 1 or steps < 1 or steps % iterations_per_epoch:
+        raise BadInput(f"--steps {steps}: expected a multiple of --iterations-per-epoch {iterations_per_epoch}.")
+    first = max(1, round(epochs / 3))
+    optimizer = dict(optimizer or {})
+
+    def supervised(datalist: str, epochs: int, title: str) -> dict[str, Any]:
+        overlays = list(_protocol(protocol, "teacher"))
+        return {
+            "bundle": "teacher",
+            "datalist": datalist,
+            "epochs": epochs,
+            "title": title,
+            "overlays": overlays,
+            "set": optimizer,
+        }
+
+    runs: dict[str, Any] = {}
+    if any(recipe.needs_teacher for recipe in recipes):
+        if epochs < 2:
+            raise BadInput(f"--steps {steps}: a teacher and its student need an epoch each of {iterations_per_epoch}.")
+        runs[TEACHER] = supervised(datalist, first, "teacher, first third of the steps")
+    runs[SUPERVISED] = supervised(datalist, epochs, "Supervised")
+    for recipe in recipes:
+        runs[recipe.name] = {
+            "bundle": "student",
+            "datalist": datalist,
+            "epochs": epochs - first if recipe.needs_teacher else epochs,
+            "title": recipe.title,
+            "overlays": [*recipe.overlays, *_protocol(protocol, "student", recipe)],
+            "set": {} if recipe.has_own_optimizer else optimizer,
+            **({"teacher": TEACHER} if recipe.needs_teacher else {}),
+        }
+    if upper_bound is not None:
+        runs[UPPER_BOUND] = supervised(upper_bound, epochs, "Supervised, all labels")
+    return {
+        "title": f"Comparison on {datalist}, {steps} steps",
+        **({"plan": dict(plan)} if plan is not None else {}),
+        # Validation during a training chooses nothing, so there is one, at the end.
+        "set": {"iterations_per_epoch": iterations_per_epoch, "val_interval": epochs, **(settings or {})},
+        "evaluate": {"postprocessing#output_dir": "$@output_dir + '/predictions'"},
+        "runs": runs,
+    }
+
+
+def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any]:
+    """Compare a description with that of the runs that ``output`` has, and return both in one.
+
+    Raises:
+        BadInput: runs that are done were made with other settings: they would be shown as if made with these.
+    """
+    done = {path.parent.parent.name for path in output.glob("*/seed*/record.json")}
+    path = output / "study.json"
+    if not done or not path.exists():
+        (output / "plan.json").unlink(missing_ok=True)
+        return dict(description)
+    earlier = json.loads(path.read_text())
+    apart = [key for key in ("data", "plan", "set", "evaluate") if earlier.get(key) != description.get(key)]
+    both = {name: run for name, run in earlier["runs"].items() if name in description["runs"]}
+    apart += [f"run {name}" for name, run in both.items() if name in done and run != description["runs"][name]]
+    if apart:
+        raise BadInput(
+            f"--output {output}: it holds runs with other settings than now asked for ({', '.join(apart)}; see "
+            f"{path}). Choose another folder, or give the same options."
+        )
+    return {**description, "runs": {**earlier["runs"], **description["runs"]}}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m common compare``."""
+    parser.add_argument("--recipes", default="all", help="comma-separated names; `all` leaves out variants (ablations)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the datalists")
+    parser.add_argument("--datalist", default="datalist.json", help="file name in that folder")
+    parser.add_argument("--upper-bound", metavar="DATALIST", help="all labels, for one more supervised row")
+    parser.add_argument("--steps", type=int, required=True, help="of every row, a teacher's steps included")
+    parser.add_argument("--iterations-per-epoch", type=int, default=50)
+    parser.add_argument("--seeds", default="0", help="comma-separated, for instance 0,1,2")
+    parser.add_argument("--learning-rate", type=float, help="of every recipe but those with an optimiser of their own")
+    parser.add_argument("--momentum", type=float, help="likewise")
+    parser.add_argument("--plan", type=Path, help="JSON overlay for every run; by default a plan is made for the data")
+    parser.add_argument("--memory", help="memory of the device to plan for, like 8GB")
+    parser.add_argument("--width", type=int, default=32, help="channels of the planned network's first stage")
+    parser.add_argument("--max-width", type=int, help="most channels of a stage")
+    parser.add_argument("--protocol", help="a published protocol instead of a plan, for instance left_atrium")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run's config"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything that is made")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
+    parser.add_argument("--device", help="for instance cpu or cuda:0; by default a GPU when there is one")
+    parser.add_argument("--reference", default=OWN, metavar="ROW", help="the row that all others are tested against")
+    parser.add_argument("--only-table", action="store_true", help="train nothing, show what is done")
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise BadInput(f"--set {pair!r}: expected KEY=VALUE, such as mirror_axes=[0].")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError as error:
+        raise BadInput(f"--seeds {text!r}: expected whole numbers, such as 0,1,2.") from error
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What the study is to plan: a given plan is one whose every key is set."""
+    if options.plan is not None:
+        try:
+            return {"datalist": options.datalist, "set": json.loads(options.plan.read_text())}
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--plan {options.plan}: can't be read ({error}).") from error
+    if options.protocol is not None:
+        return None
+    wanted = {"width": options.width, "max_width": options.max_width, "memory": options.memory}
+    return {"datalist": options.datalist, **{key: value for key, value in wanted.items() if value is not None}}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Train, evaluate, write table, tests and picture; returns 1 when a run failed."""
+    data, output = options.data.resolve(), options.output.resolve()
+    if options.jobs < 1:
+        raise BadInput(f"--jobs {options.jobs}: expected a number of runs at a time, at least 1.")
+    lists = [name for name in (options.datalist, options.upper_bound) if name is not None]
+    for name in lists:
+        load_section(read_datalist(data / name), "training")
+    load_section(data / options.datalist, "unlabeled")
+    settings = _settings(options.set)
+    load_section(data / options.datalist, settings.get("section", "validation"))
+    optimizer = {"learning_rate": options.learning_rate, "momentum": options.momentum}
+    description = describe(
+        choose_recipes(options.recipes, read_recipes()),
+        options.datalist,
+        options.steps,
+        options.iterations_per_epoch,
+        options.upper_bound,
+        {key: value for key, value in optimizer.items() if value is not None},
+        settings,
+        _plan(options),
+        options.protocol,
+    )
+    description["data"] = {options.datalist: _digest(data / options.datalist)}
+    rows = [name for name in description["runs"] if name != TEACHER]
+    if options.reference not in rows:
+        raise BadInput(f"--reference {options.reference!r}: there is no such row; choose from {', '.join(rows)}.")
+    record = check_earlier(description, output)
+    study = Study(description, data, output, _seeds(options.seeds), options.device)
+    if options.plan is not None:
+        write_atomically(output / "plan.json", json.dumps(description["plan"]["set"], indent=2))
+    write_atomically(output / "study.json", json.dumps(record, indent=2))
+    failures = [] if options.only_table else study.run_all(jobs=options.jobs)
+    comparison = Comparison(study, rows, options.reference)
+    print(comparison.write(failures))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0

@@ -11,6 +11,7 @@ from .errors import BadInput
 COMMANDS = {
     "phantoms": ("common.data.phantom", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
     "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
+    "datalist": ("common.data.folders", "make a datalist from folders of images, labels and maps"),
     "plan": ("common.plan", "plan spacing, patch, network and intensities for a data set"),
     "study": ("common.study", "run experiments of several stages and comparisons, and write their tables"),
     "compare": ("common.compare", "train and evaluate the published systems alike, and compare them as papers do"),

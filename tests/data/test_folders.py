@@ -1,0 +1,135 @@
+"""A datalist from folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from common.__main__ import main
+from common.data.datalist import load_section, read_datalist
+from common.data.folders import group_channels, make_datalist, patient_of
+from common.errors import BadInput
+
+
+def write(path: Path, ids: tuple[int, ...] = (0, 1)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    voxels = np.resize(np.array(ids, np.uint8), (4, 4, 4))
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five patients of two frames; those of the last have no labels, and one frame of the first has none."""
+    for patient in range(1, 6):
+        for frame in (1, 2):
+            name = f"patient{patient:03d}_frame{frame:02d}"
+            write(tmp_path / "images" / f"{name}.nii.gz")
+            if patient < 5 and (patient, frame) != (1, 2):
+                write(tmp_path / "labels" / f"{name}_seg.nii.gz", (0, 1, 2))
+                write(tmp_path / "maps" / f"{name}.nii.gz")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("case", "patient"),
+    [
+        ("patient001_frame01", "patient001"),
+        ("sub-07_ses-2_T1w", "sub-07"),
+        ("hippocampus_001", "hippocampus_001"),
+        ("liver_12_followup", "liver_12"),
+        ("scan", "scan"),
+    ],
+)
+def test_patient_in_a_name(case: str, patient: str) -> None:
+    assert patient_of(case) == patient
+
+
+def test_patient_by_a_pattern() -> None:
+    assert patient_of("2024-01-02_ABC_7", r"_([A-Z]+)_") == "ABC"
+    with pytest.raises(BadInput, match="does not fit"):
+        patient_of("scan", r"\d+")
+    with pytest.raises(BadInput, match="regular expression"):
+        patient_of("scan", "(")
+
+
+def test_no_patient_is_on_both_sides(folder: Path) -> None:
+    found = set()
+    for seed in range(8):
+        content = make_datalist(folder / "images", folder / "labels", validation=0.25, seed=seed)
+        held_out = {entry["patient"] for entry in content["validation"]}
+        assert len(held_out) == 1
+        found |= held_out
+        for section in ("training", "unlabeled"):
+            assert not held_out & {entry["patient"] for entry in content[section]}
+        assert all("label" not in entry for entry in content["unlabeled"])
+        count = sum(len(content[section]) for section in ("training", "validation", "unlabeled"))
+        assert count + len(content.get("left_out", [])) == 10
+        assert bool(content.get("left_out")) == (held_out == {"patient001"})
+    assert len(found) > 1, "another seed draws other patients"
+
+
+def test_labels_and_maps_go_with_their_images(folder: Path) -> None:
+    content = make_datalist(
+        folder / "images", folder / "labels", {"thickness": folder / "maps"}, names={1: "lumen", 2: "wall"}
+    )
+    assert content["labels"] == {"0": "background", "1": "lumen", "2": "wall"}
+    assert [target["name"] for target in content["targets"]] == ["thickness"]
+    for entry in content["training"]:
+        name = Path(entry["image"]).name.removesuffix(".nii.gz")
+        assert Path(entry["label"]).name == f"{name}_seg.nii.gz"
+        assert Path(entry["thickness"]).name == f"{name}.nii.gz"
+
+
+def test_nnunet_raw_layout(tmp_path: Path) -> None:
+    for case in ("a_1", "b_2", "c_3"):
+        for channel in range(2):
+            write(tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz")
+        if case != "c_3":
+            write(tmp_path / "labelsTr" / f"{case}.nii.gz")
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "tumour": 1}}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    content = make_datalist(tmp_path, validation=0.5)
+    assert content["labels"] == {"0": "background", "1": "tumour"}
+    assert content["modality"] == {"0": "T1", "1": "T2"}
+    assert len(content["training"]) == len(content["validation"]) == len(content["unlabeled"]) == 1
+    assert [Path(path).name for path in content["unlabeled"][0]["image"]] == ["c_3_0000.nii.gz", "c_3_0001.nii.gz"]
+
+
+def test_names_that_are_ambiguous() -> None:
+    with pytest.raises(BadInput, match="same name"):
+        group_channels(["x/a.nii.gz", "x/a.mha"])
+    with pytest.raises(BadInput, match="channels"):
+        group_channels(["a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz"])
+    assert group_channels(["a_0000.nii.gz", "b.nii.gz"]) == {"a_0000": "a_0000.nii.gz", "b": "b.nii.gz"}
+
+
+def test_bad_folders(folder: Path) -> None:
+    other = write(folder / "other" / "stranger.nii.gz").parent
+    with pytest.raises(BadInput, match="stranger"):
+        make_datalist(folder / "images", other)
+    write(folder / "labels" / "patient002_frame01.nii.gz")
+    with pytest.raises(BadInput, match="patient002_frame01_seg"):
+        make_datalist(folder / "images", folder / "labels")
+    write(folder / "gap" / "patient001_frame01.nii.gz", (0, 3))
+    with pytest.raises(BadInput, match=r"\[0, 3\]"):
+        make_datalist(folder / "images", folder / "gap", validation=0)
+    with pytest.raises(BadInput, match="one patient"):
+        make_datalist(folder / "images", folder / "gap")
+
+
+def test_command_writes_a_datalist_that_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = folder / "datalist.json"
+    arguments = ["datalist", "--images", f"{folder}/images", "--labels", f"{folder}/labels", "--output", str(output)]
+    arguments += ["--names", "1=lumen", "2=wall", "--modality", "CT", "--targets", f"thickness={folder}/maps"]
+    assert main(arguments) == 0
+    assert "training: " in capsys.readouterr().out
+    content = read_datalist(output)
+    assert content["training"][0]["image"].startswith("images/"), "relative, so that the folder can be moved"
+    assert load_section(output, "unlabeled")
+    assert main(arguments) == 1, "nothing is overwritten"
+    assert "exists already" in capsys.readouterr().err

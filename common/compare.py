@@ -143,7 +143,7 @@ def describe(
         recipes: the rows beside the supervised one.
         datalist: file name in the data folder.
         steps: of every row in all; one that starts from a teacher takes two thirds of them after the teacher's third.
-        iterations_per_epoch: steps are rounded to none, they must be a multiple of this.
+        iterations_per_epoch: the steps must be a multiple of it.
         upper_bound: datalist with all labels, for one more supervised row.
         optimizer: ``learning_rate`` and ``momentum`` of the runs whose recipe names no optimiser of its own.
         settings: overrides of every run.
@@ -210,7 +210,9 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
         (output / "plan.json").unlink(missing_ok=True)
         return dict(description)
     earlier = json.loads(path.read_text())
-    apart = [key for key in ("data", "plan", "set", "evaluate") if earlier.get(key) != description.get(key)]
+    apart = [key for key in ("plan", "set", "evaluate") if earlier.get(key) != description.get(key)]
+    files = {**earlier["data"], **description["data"]}
+    apart += [name for name, digest in earlier["data"].items() if digest != files[name]]
     both = {name: run for name, run in earlier["runs"].items() if name in description["runs"]}
     apart += [f"run {name}" for name, run in both.items() if name in done and run != description["runs"][name]]
     if apart:
@@ -218,7 +220,7 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
             f"--output {output}: it holds runs with other settings than now asked for ({', '.join(apart)}; see "
             f"{path}). Choose another folder, or give the same options."
         )
-    return {**description, "runs": {**earlier["runs"], **description["runs"]}}
+    return {**description, "data": files, "runs": {**earlier["runs"], **description["runs"]}}
 
 
 def _digest(path: Path) -> str:
@@ -307,7 +309,7 @@ def main(options: argparse.Namespace) -> int:
         _plan(options),
         options.protocol,
     )
-    description["data"] = {options.datalist: _digest(data / options.datalist)}
+    description["data"] = {name: _digest(data / name) for name in lists}
     rows = [name for name in description["runs"] if name != TEACHER]
     if options.reference not in rows:
         raise BadInput(f"--reference {options.reference!r}: there is no such row; choose from {', '.join(rows)}.")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import TracebackType
 
-__all__ = ["BadInput", "find_bad_input", "report_plainly"]
+__all__ = ["BadInput", "explain", "find_bad_input", "report_plainly", "root_cause"]
 
 TRACEBACK_VARIABLE = "BUNDLES_TRACEBACK"
 # A data-loading worker sends its exception as text; this recovers the message from it.
@@ -45,7 +45,14 @@ def find_bad_input(error: BaseException) -> str | None:
     return None
 
 
-def _explain(error: BaseException) -> str | None:
+def root_cause(error: BaseException) -> BaseException:
+    """What ``error`` was wrapped around, however often."""
+    return list(_chain(error))[-1]
+
+
+def explain(error: BaseException) -> str | None:
+    """What a person needs to know of ``error``: the message of a :class:`BadInput` or operating-system error behind it;
+    None where there is neither."""
     message = find_bad_input(error)
     if message is not None:
         return message
@@ -65,7 +72,7 @@ def report_plainly() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        message = _explain(error)
+        message = explain(error)
         if message is None:
             sys.__excepthook__(kind, error, traceback)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .configuration import running_config
 from .distributed import distributed_device, start_distributed, stop_distributed
 from .precision import precision
+from .prediction import predict
 from .preflight import preflight, start
 from .trainer import SemiSupervisedTrainer
 
@@ -12,6 +13,7 @@ __all__ = [
     "SemiSupervisedTrainer",
     "distributed_device",
     "precision",
+    "predict",
     "preflight",
     "running_config",
     "start",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from bundle_runs import BUNDLES, Chain, config, run
 
+from common.errors import find_bad_input
 from common.handlers import read_lineage
 
 
@@ -141,6 +142,24 @@ def test_the_stages_before_predict_and_are_measured_alone(
     assert len(rows) == 3
     assert {"dice/lumen", "dice/wall"} <= set(rows[0].split(","))
     assert json.loads((measured / "summary.json").read_text())["cases"] == 2
+
+
+def test_a_broken_scan_does_not_stop_the_others(
+    chain: Chain, turned: Path, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    scans, predicted = tmp_path / "scans", tmp_path / "predicted"
+    scans.mkdir()
+    whole = turned.read_bytes()
+    for name, content in (("a.nii.gz", whole), ("b.nii.gz", whole[: len(whole) // 2]), ("c.nii.gz", whole)):
+        (scans / name).write_bytes(content)
+    settings = {"ckpt_dir": str(chain.model("teacher").parent), "input": str(scans), "output_dir": str(predicted)}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow("teacher", names=("inference.json",), **settings)
+    message = find_bad_input(caught.value)
+    assert message is not None
+    assert "1 of 3 cases failed" in message
+    assert "b.nii.gz" in message
+    assert sorted(path.name for path in predicted.iterdir()) == ["a.json", "a_seg.nii.gz", "c.json", "c_seg.nii.gz"]
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(

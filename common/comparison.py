@@ -1,0 +1,255 @@
+"""What a comparison of methods found: the table, paired tests against one of them, and a picture of the same slices."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from monai.transforms import LoadImage
+
+from .data.datalist import case_name, load_section, read_datalist
+from .errors import BadInput
+from .files import write_atomically
+from .handlers.evaluation import CONVENTIONS, _array, _to_json
+from .handlers.pictures import DOTS_PER_INCH, _draw_contours, _save, _show
+from .handlers.tracking import _quiet_migrations
+from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
+from .networks import read_weights
+from .report import markdown_table
+from .significance import holm, paired_test
+from .study import Run, Study
+from .tables import machine
+from .transforms.output import voxel_spacing
+
+__all__ = ["Comparison", "case_dice", "deployed_parameters", "save_comparison", "trained_parameters"]
+
+_MEASURES = (*OVERLAP_METRICS, *DISTANCE_METRICS)
+_NORM_STATISTICS = ("running_mean", "running_var")
+_PANEL_INCHES = 1.9
+_MOST_COLUMNS = 6
+_TABLE = [
+    {"key": "labelled", "title": "labelled", "better": None, "digits": 0},
+    {"key": "unlabelled", "title": "unlabelled", "better": None, "digits": 0},
+    {"key": "dice", "title": "Dice", "better": "higher", "digits": 3},
+    {"key": "jaccard", "title": "Jaccard", "better": "higher", "digits": 3},
+    {"key": "hd95", "title": "HD95 [mm]", "better": "lower", "digits": 2},
+    {"key": "asd", "title": "ASD [mm]", "better": "lower", "digits": 2},
+    {"key": "failed", "title": "failed", "better": None, "digits": 0},
+    {"key": "minutes", "title": "training [min]", "better": None, "digits": 1},
+    {"key": "parameters", "title": "parameters [M]", "better": None, "digits": 2},
+    {"key": "trained", "title": "trained [M]", "better": None, "digits": 2},
+]
+_TESTS = [
+    {"key": "cases", "title": "n", "better": None, "digits": 0},
+    {"key": "difference", "title": "Dice, row minus reference", "better": None, "digits": 4},
+    {"key": "t_test", "title": "t-test p", "better": None},
+    {"key": "t_test_holm", "title": "Holm", "better": None},
+    {"key": "wilcoxon", "title": "Wilcoxon p", "better": None},
+    {"key": "wilcoxon_holm", "title": "Holm", "better": None},
+]
+
+
+def deployed_parameters(path: Path) -> int:
+    """Weights in a ``model.pt``: what inference needs, without norm statistics and counters (scalars)."""
+    state = read_weights(path)
+    return sum(t.numel() for name, t in state.items() if t.ndim and not name.endswith(_NORM_STATISTICS))
+
+
+def trained_parameters(path: Path) -> int | None:
+    """Weights that the optimisers of a ``checkpoint.pt`` moved: each has a momentum; None where momentum is off."""
+    states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state"].values()
+    total = 0
+    for state in (s for s in states if "param_groups" in s):
+        for kept in state["state"].values():
+            momentum = kept.get("momentum_buffer", kept.get("exp_avg"))
+            if momentum is None:
+                return None
+            total += momentum.numel()
+    return total or None
+
+
+def case_dice(path: Path) -> dict[str, float]:
+    """Mean Dice over structures of each case of a ``metrics.csv``; without cases that hold none."""
+    scores = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            values = [float(value) for key, value in row.items() if key.startswith("dice/") and value]
+            if values:
+                scores[row["case"]] = statistics.fmean(values)
+    return scores
+
+
+def _p_value(p: float) -> str | None:
+    if math.isnan(p):
+        return None
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+class Comparison:
+    """The results of a study whose runs are rows of one table.
+
+    Args:
+        study: with its runs done, or some of them.
+        rows: names of the runs to show; the others are steps on the way.
+        reference: the row that the others are tested against.
+    """
+
+    def __init__(self, study: Study, rows: Sequence[str], reference: str) -> None:
+        self.study = study
+        self.runs = [study.runs[name] for name in rows]
+        self.reference = study.runs[reference]
+        self.section = study.description.get("set", {}).get("section", "validation")
+        self.datalist = study.data / self.reference.datalist
+
+    def write(self, failures: Sequence[str] = ()) -> str:
+        """Write ``compare.md``, ``compare.json`` and ``compare.png``, log them, and return the Markdown."""
+        output = self.study.output
+        rows, tests = [self.row(run) for run in self.runs], self.tests()
+        picture = self._picture(output / "compare.png")
+        content = {
+            "title": self.study.description.get("title", "Comparison"),
+            "machine": machine(),
+            "seeds": self.study.seeds,
+            "conventions": CONVENTIONS,
+            "rows": rows,
+            "reference": self.reference.name,
+            "tests": tests,
+            "picture": picture,
+            "failures": list(failures),
+        }
+        text = self._markdown(content)
+        write_atomically(output / "compare.json", _to_json(content))
+        write_atomically(output / "compare.md", text + "\n")
+        self._log(content)
+        return text
+
+    def row(self, run: Run) -> dict[str, Any]:
+        """A row: one value a seed where it depends on the seed, None for a seed that is not done.
+
+        ``dice`` and its like are means over structures of the means over cases, ``dice/<label>`` those of one; a mean
+        over structures of which one has no figure does not exist.
+        """
+        records = self.study.records_by_seed(run)
+        summaries = [records[seed]["summary"] if seed in records else None for seed in self.study.seeds]
+        names = next((list(summary["labels"]) for summary in summaries if summary), [])
+        datalist = read_datalist(self.study.data / run.datalist)
+        row: dict[str, Any] = {
+            "run": run.name,
+            "name": run.title or run.name,
+            "labelled": len(datalist.get("training", ())),
+            "unlabelled": len(datalist.get("unlabeled", ())) if run.bundle == "student" else 0,
+        }
+        for measure in _MEASURES:
+            per_label = [[s["labels"][name][measure]["mean"] for name in names] if s else [None] for s in summaries]
+            row[measure] = [statistics.fmean(values) if None not in values else None for values in per_label]
+            for index, name in enumerate(names):
+                row[f"{measure}/{name}"] = [values[index] if s else None for s, values in zip(summaries, per_label)]
+        failed = [sum(s["labels"][name]["failed"] for name in names) if s else None for s in summaries]
+        row["failed"] = failed
+        row["minutes"] = [self._minutes(run, seed) for seed in self.study.seeds]
+        row["parameters"], row["trained"] = self._parameters(run, next(iter(records), None))
+        return row
+
+    def _minutes(self, run: Run, seed: int) -> float | None:
+        """Training time, that of the runs whose weights it starts from included."""
+        record = self.study.records_by_seed(run).get(seed)
+        if record is None:
+            return None
+        parents = [self.study.runs[name] for name in (run.teacher, run.student) if name is not None]
+        return record["train_seconds"] / 60 + sum(self._minutes(parent, seed) or 0.0 for parent in parents)
+
+    def _parameters(self, run: Run, seed: int | None) -> tuple[int | None, int | None]:
+        if seed is None:
+            return None, None
+        folder = self.study.folder(run, seed)
+        model, checkpoint = folder / "models" / "model.pt", folder / "train" / "checkpoint.pt"
+        return (
+            deployed_parameters(model) if model.exists() else None,
+            trained_parameters(checkpoint) if checkpoint.exists() else None,
+        )
+
+    def scores(self, run: Run, seeds: Sequence[int]) -> dict[str, float]:
+        """Mean Dice of each case, averaged over seeds; only cases that have a figure with each of them."""
+        tables = [case_dice(self.study.folder(run, seed) / "test" / "metrics.csv") for seed in seeds]
+        cases = set.intersection(*map(set, tables)) if tables else set()
+        return {case: statistics.fmean(table[case] for table in tables) for case in sorted(cases)}
+
+    def tests(self) -> list[dict[str, Any]]:
+        """Every row against the reference: paired over what is independent, the datalist's patients or else its cases.
+
+        Each pair is compared over the seeds that both rows have.
+        """
+        entries = load_section(self.datalist, self.section, required=False)
+        units = {case_name(entry): str(entry.get("patient") or case_name(entry)) for entry in entries}
+        found = []
+        for run in self.runs:
+            done = [self.study.records_by_seed(r) for r in (run, self.reference)]
+            seeds = [seed for seed in self.study.seeds if all(seed in records for records in done)]
+            if run is self.reference or not seeds:
+                continue
+            sides = []
+            for side in (run, self.reference):
+                grouped = defaultdict(list)
+                for case, score in self.scores(side, seeds).items():
+                    grouped[units.get(case, case)].append(score)
+                sides.append({unit: statistics.fmean(scores) for unit, scores in grouped.items()})
+            test = paired_test(*sides)
+            found.append({"run": run.name, "name": run.title or run.name, "seeds": seeds, **vars(test)})
+        for key in ("t_test", "wilcoxon"):
+            for test, corrected in zip(found, holm([test[key] for test in found]), strict=True):
+                test[f"{key}_holm"] = corrected
+        return found
+
+    def _markdown(self, content: Mapping[str, Any]) -> str:
+        def shown(row: Mapping[str, Any]) -> dict[str, Any]:
+            failed = [count for count in row["failed"] if count is not None]
+            millions = {k: None if row[k] is None else row[k] / 1e6 for k in ("parameters", "trained")}
+            counts = {k: str(row[k]) for k in ("labelled", "unlabelled")}
+            return {**row, **millions, **counts, "failed": str(sum(failed)) if failed else None}
+
+        rows = [shown(row) for row in content["rows"]]
+        names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("dice/")))
+        lines = [f"## {content['title']}", ""]
+        seeds = ", ".join(map(str, content["seeds"]))
+        lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
+        lines += [markdown_table(_TABLE, rows), ""]
+        if any(run.teacher for run in self.runs):
+            lines += ["Rows that start from a teacher take its steps, and its minutes, out of their own.", ""]
+        lines += [
+            "Means over structures of the means over cases.",
+            *(f"{name.upper()}: {CONVENTIONS[name]}." for name in ("hd95", "asd")),
+            f"Failed, all seeds together: {CONVENTIONS['failed']}.",
+            "Parameters are those of the weights to use; trained those that an optimiser moved.",
+            "",
+        ]
+        if len(names) > 1:
+            columns = [{"key": key, "title": key.replace("dice/", "Dice "), "better": "higher"} for key in names]
+            lines += [markdown_table(columns, rows), ""]
+        if content["tests"]:
+            reference = self.reference.title or self.reference.name
+            unit = "patient" if any(e.get("patient") for e in self._entries()) else "case"
+            lines += [f"### Against {reference}", ""]
+            tests = [
+                {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}
+                for test in content["tests"]
+            ]
+            lines += [markdown_table(_TESTS, [{**test, "cases": str(test["cases"])} for test in tests]), ""]
+            lines += [
+                f"Paired over the {unit}s (n), whose Dice is averaged over structures and seeds: two-sided p of the "
+                f"paired t-test and of Wilcoxon's signed-rank test, corrected by Holm for {len(tests)} comparisons. They "
+                "say whether a difference would hold on other cases, not how much training again would change it.",
+                "",
+            ]
+        if content["picture"]:
+            lines += [f"![{content['picture']['title']}](compare.png)", ""]
+        lines += [f"Not done: {failure}" for failure in content["failures"]]
+        return "\n".join(lines).rstrip()

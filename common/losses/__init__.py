@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .alignment import FeatureAlignment
 from .consistency import ConfidenceMaskedConsistency, distillation_loss
+from .partial_labels import merge_unknown, unknown_classes
 from .regression import MaskedRegression, target_mask
 from .schedules import ema_decay, sigmoid_ramp_up
 from .segmentation import SegmentationLoss, deep_supervision_weights
@@ -38,6 +39,8 @@ __all__ = [
     "distillation_loss",
     "ema_decay",
     "kept_fraction",
+    "merge_unknown",
     "sigmoid_ramp_up",
     "target_mask",
+    "unknown_classes",
 ]

@@ -16,6 +16,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .partial_labels import Annotated, merge_unknown, unknown_classes
 
 __all__ = ["SegmentationLoss", "deep_supervision_weights"]
 
@@ -53,9 +54,19 @@ class SegmentationLoss(nn.Module):
 
     def __init__(self, batch_dice: bool = True, include_background: bool = False) -> None:
         super().__init__()
-        self.dice = DiceLoss(include_background=include_background, batch=batch_dice, smooth_nr=1e-5, smooth_dr=1e-5)
+        self.batch_dice = batch_dice
+        self.include_background = include_background
+        self.dice = DiceLoss(
+            include_background=include_background, batch=batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none"
+        )
 
-    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        logits: Tensor | Sequence[Tensor],
+        label: Tensor,
+        mask: Tensor | None = None,
+        annotated: Annotated = None,
+    ) -> Tensor:
         """The loss, a scalar.
 
         Args:
@@ -63,9 +74,12 @@ class SegmentationLoss(nn.Module):
             label: (B, 1, *spatial), class ids 0 to K - 1, at the first output's size.
             mask: (B, 1, *spatial), bool, the voxels that count, both in the Dice's sums and in the cross-entropy's
                 mean; by default all. None at all gives 0.
+            annotated: the class ids that each case's label knows. The others count as background with it, and have no
+                Dice of their own, so a label's 0 never calls a structure that it does not know background.
 
         Raises:
-            BadInput: when there is no output, fewer than two classes, or label and first output differ in size.
+            BadInput: when there is no output, fewer than two classes, label and first output differ in size, or
+                ``annotated`` does not fit.
         """
         outputs = [logits] if isinstance(logits, Tensor) else list(logits)
         weights = deep_supervision_weights(len(outputs))
@@ -81,25 +95,37 @@ class SegmentationLoss(nn.Module):
         # As floats, because PyTorch has no nearest interpolation of integers; ids stay exact.
         label = convert_to_tensor(label, track_meta=False).float()
         mask = None if mask is None else mask.float()
+        unknown = unknown_classes(annotated, first.shape[0], first.shape[1])
         with torch.autocast(device_type=first.device.type, enabled=False):
             # The lowest output's weight of 0 keeps it in the graph, so that distributed training finds a gradient for
             # it.
             return sum(
-                weight * self._level(convert_to_tensor(output, track_meta=False).float(), label, mask)
+                weight * self._level(convert_to_tensor(output, track_meta=False).float(), label, mask, unknown)
                 for weight, output in zip(weights, outputs, strict=True)
             )
 
-    def _level(self, logits: Tensor, label: Tensor, mask: Tensor | None) -> Tensor:
+    def _level(self, logits: Tensor, label: Tensor, mask: Tensor | None, unknown: Tensor | None) -> Tensor:
         size = logits.shape[2:]
+        if unknown is not None:
+            logits = merge_unknown(logits, unknown)
         target = _resized(label, size).long()
         probabilities, reference = logits.softmax(1), one_hot(target, logits.shape[1])
         if mask is None:
-            return self.dice(probabilities, reference) + F.cross_entropy(logits, target.squeeze(1))
+            return self._dice(probabilities, reference, unknown) + F.cross_entropy(logits, target.squeeze(1))
         mask = _resized(mask, size)
         cross_entropy = F.cross_entropy(logits, target.squeeze(1), reduction="none").unsqueeze(1)
         count = mask.sum()
-        loss = self.dice(probabilities * mask, reference * mask) + (cross_entropy * mask).sum() / count.clamp(min=1)
-        return loss * (count > 0)
+        dice = self._dice(probabilities * mask, reference * mask, unknown)
+        return (dice + (cross_entropy * mask).sum() / count.clamp(min=1)) * (count > 0)
+
+    def _dice(self, probabilities: Tensor, reference: Tensor, unknown: Tensor | None) -> Tensor:
+        """The mean over the classes that are known (with ``batch_dice`` to any case of the batch)."""
+        loss = self.dice(probabilities, reference).flatten(0 if self.batch_dice else 1)
+        if unknown is None:
+            return loss.mean()
+        known = ~unknown[:, 0 if self.include_background else 1 :].to(loss.device)
+        known = known.any(0) if self.batch_dice else known
+        return (loss * known).sum() / known.sum().clamp(min=1)
 
 
 def _resized(volume: Tensor, size: torch.Size) -> Tensor:

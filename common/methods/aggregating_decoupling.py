@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..losses import SegmentationLoss, deep_supervision_weights, sigmoid_ramp_up
 from ..networks.diffusion import AggregatingDecouplingNetwork
-from .base import Method
+from .base import Method, refuse_partial_labels
 
 __all__ = ["AggregatingDecoupling", "DifficultyWeights", "ddim_sample", "reparameterize_and_smooth"]
 
@@ -236,6 +236,7 @@ class AggregatingDecoupling(Method):
             own.lerp_(torch.stack(towards).mean(0), 1 - self.decay)
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+        refuse_partial_labels(batch["labeled"], "A&D, whose diffusion branch learns whole label maps")
         image, label = batch["labeled"]["image"], batch["labeled"]["label"]
         unlabeled = batch["unlabeled"]["image"]
         theta, psi = self.network.segmentation_decoder, self.network.difficulty_decoder

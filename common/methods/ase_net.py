@@ -122,9 +122,12 @@ class ASENet(Method):
         for name in turns:
             getattr(self, name).train(self.training and name == optimizer)
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]["image"]
-        return turns[optimizer](labeled["image"], labeled["label"], unlabeled, add_noise(unlabeled))
+        return turns[optimizer](labeled, unlabeled, add_noise(unlabeled))
 
-    def _discriminators_turn(self, image: Tensor, _: Tensor, unlabeled: Tensor, noisy: Tensor) -> dict[str, Tensor]:
+    def _discriminators_turn(
+        self, labeled: Mapping[str, Tensor], unlabeled: Tensor, noisy: Tensor
+    ) -> dict[str, Tensor]:
+        image = labeled["image"]
         with torch.no_grad():
             logits = self.network(torch.cat([image, unlabeled, noisy]))
             of_labeled, of_clean, of_noisy = _split(logits.float().softmax(1), image, unlabeled, noisy)
@@ -134,11 +137,12 @@ class ASENet(Method):
         by_teacher = (taken_for(second(of_teacher, unlabeled), REAL) + taken_for(second(of_noisy, unlabeled), FAKE)) / 2
         return {"loss": by_labeled + by_teacher, "labeled": by_labeled, "teacher": by_teacher}
 
-    def _network_turn(self, image: Tensor, label: Tensor, unlabeled: Tensor, noisy: Tensor) -> dict[str, Tensor]:
+    def _network_turn(self, labeled: Mapping[str, Tensor], unlabeled: Tensor, noisy: Tensor) -> dict[str, Tensor]:
+        image = labeled["image"]
         with torch.no_grad():
             of_teacher = self.average(noisy).float().softmax(1)
         _, logits = self.network.forward_all(torch.cat([image, unlabeled, noisy]))
-        supervised = self.segmentation_loss([level[: len(image)] for level in logits], label) / 2
+        supervised = self.supervise(logits, labeled) / 2
         _, of_clean, of_noisy = _split(logits[0].float().softmax(1), image, unlabeled, noisy)
         consistency = three_way_consistency(of_clean, of_noisy, of_teacher)
         first, second = self.discriminators["labeled"], self.discriminators["teacher"]

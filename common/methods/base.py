@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Method"]
+from ..errors import BadInput
+
+__all__ = ["Method", "refuse_partial_labels"]
+
+
+def refuse_partial_labels(labeled: Mapping[str, Any], what: str) -> None:
+    """Raise :class:`BadInput` when a labelled batch has cases that label only some of the structures."""
+    if any(ids is not None for ids in labeled.get("annotated") or ()):
+        raise BadInput(
+            f"annotated: cases that label only some of the structures can't be used with {what}. Leave them out of "
+            "`training`, or choose another method."
+        )
 
 
 class Method(nn.Module):
@@ -54,6 +65,17 @@ class Method(nn.Module):
             of voxels kept as ``kept/<class>``.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what its losses are.")
+
+    def supervise(self, logits: Sequence[Tensor], labeled: Mapping[str, Any]) -> Tensor:
+        """``segmentation_loss`` of the labelled crops, which know only the structures that they are annotated for.
+
+        Args:
+            logits: (B, K, *spatial) each, high to low resolution; the labelled crops come first in the batch.
+            labeled: the labelled stream's batch.
+        """
+        label = labeled["label"]
+        outputs = [level[: label.shape[0]] for level in logits]
+        return self.segmentation_loss(outputs, label, annotated=labeled.get("annotated"))
 
     def after_step(self) -> None:
         """Called by the engine after every step."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss
-from .base import Method
+from ..losses.partial_labels import Annotated
+from .base import Method, refuse_partial_labels
 from .moving_average import MovingAverage
 
 __all__ = ["BidirectionalCopyPaste", "box_mask"]
@@ -93,6 +94,7 @@ class BidirectionalCopyPaste(Method):
         label_a, label_b = _halves(batch["labeled"]["label"])
         mask = box_mask(image_a.shape[2:], self.box, image_a.device)
         if self.pretrains:
+            refuse_partial_labels(batch["labeled"], "the pre-training of BCP (set `pretraining` to 0)")
             _, logits = self.network.forward_all(torch.where(mask, image_a, image_b))
             loss = self.segmentation_loss(logits, torch.where(mask, label_a, label_b))
             return {"loss": loss, "segmentation": loss}
@@ -105,16 +107,18 @@ class BidirectionalCopyPaste(Method):
         outside = mask.expand_as(label_a)
         is_labeled = torch.cat([outside, ~outside])
         _, logits = self.network.forward_all(mixed)
-        labeled_loss = self._regions(logits, target, is_labeled)
+        labeled_loss = self._regions(logits, target, is_labeled, batch["labeled"].get("annotated"))
         unlabeled_loss = self._regions(logits, target, ~is_labeled)
         loss = labeled_loss + self.unlabeled_weight * unlabeled_loss
         return {"loss": loss, "segmentation": labeled_loss, "consistency": unlabeled_loss}
 
-    def _regions(self, logits: Sequence[Tensor], target: Tensor, mask: Tensor) -> Tensor:
+    def _regions(self, logits: Sequence[Tensor], target: Tensor, mask: Tensor, annotated: Annotated = None) -> Tensor:
         """The sum of both mixtures' losses: each over its own region, whose sizes differ."""
         half = target.shape[0] // 2
         return sum(
-            self.segmentation_loss([level[part] for level in logits], target[part], mask[part])
+            self.segmentation_loss(
+                [level[part] for level in logits], target[part], mask[part], annotated and annotated[part]
+            )
             for part in (slice(half), slice(half, None))
         )
 

@@ -56,9 +56,7 @@ class CrossPseudoSupervision(Method):
         count = labeled["image"].shape[0]
         images = torch.cat([labeled["image"], batch["unlabeled"]["image"]])
         first, second = (network.forward_all(images)[1] for network in (self.network, self.second))
-        segmentation = sum(
-            self.segmentation_loss([level[:count] for level in logits], labeled["label"]) for logits in (first, second)
-        )
+        segmentation = self.supervise(first, labeled) + self.supervise(second, labeled)
         consistency = sum(
             _cross_entropy(first[0][part], second[0][part]) + _cross_entropy(second[0][part], first[0][part])
             for part in (slice(count), slice(count, None))

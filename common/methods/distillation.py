@@ -175,7 +175,10 @@ class Distillation(Method):
         probabilities = swap_boxes(unknown, estimate.probabilities, box)
 
         features, logits = self.network.forward_all(swap_boxes(labeled["image"], strong, box))
-        supervised = self.segmentation_loss(logits, labels, supervised_voxels)
+        known = list(labeled.get("annotated") or [None] * count)
+        # A box's labelled voxels are those of the crop that it was swapped with.
+        known += (known[: box.shape[0]] + [None] * len(strong))[: len(strong)]
+        supervised = self.segmentation_loss(logits, labels, supervised_voxels, known)
         consistency = self.consistency(logits, probabilities, certain_voxels)
         ramp = sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         loss = supervised + self.consistency_weight * ramp * consistency

@@ -98,7 +98,7 @@ class DualDecoder(Method):
         terms["regression"] = torch.stack(regressions).mean()
         loss = self.regression_weight * terms["regression"]
         if self.weighting is not None or self.segmentation_weight > 0:
-            terms["segmentation"] = self.segmentation_loss(logits, labeled["label"])
+            terms["segmentation"] = self.supervise(logits, labeled)
             if self.weighting is not None:
                 loss = self.weighting({name: terms[name] for name in ("segmentation", "regression")})
             else:

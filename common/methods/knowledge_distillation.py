@@ -57,7 +57,7 @@ class KnowledgeDistillation(Method):
         with torch.no_grad():
             teacher = self.teacher(unlabeled["image"])
         _, logits = self.network.forward_all(torch.cat([labeled["image"], unlabeled["strong"]]))
-        segmentation = self.segmentation_loss([level[:count] for level in logits], labeled["label"])
+        segmentation = self.supervise(logits, labeled)
         distillation = distillation_loss(logits[0][count:], teacher, None, self.temperature, weight=1.0)
         weight = self.consistency_weight * sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         return {

@@ -64,7 +64,7 @@ class MeanTeacher(Method):
         labeled, image = batch["labeled"], batch["unlabeled"]["image"]
         count = labeled["image"].shape[0]
         _, logits = self.network.forward_all(torch.cat([labeled["image"], image]))
-        segmentation = self.segmentation_loss([level[:count] for level in logits], labeled["label"])
+        segmentation = self.supervise(logits, labeled)
         terms = self.consistency(logits[0][count:].float().softmax(1), image)
         weight = self.consistency_weight * sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         return {"loss": segmentation + weight * terms["consistency"], "segmentation": segmentation, **terms}

@@ -28,5 +28,5 @@ class Supervised(Method):
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         labeled = batch["labeled"]
         _, logits = self.network.forward_all(labeled["image"])
-        loss = self.segmentation_loss(logits, labeled["label"])
+        loss = self.supervise(logits, labeled)
         return {"loss": loss, "segmentation": loss}

@@ -40,7 +40,9 @@ class Recorder(nn.Module):
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor | None]] = []
 
-    def forward(self, logits: list[Tensor], label: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, logits: list[Tensor], label: Tensor, mask: Tensor | None = None, annotated: object = None
+    ) -> Tensor:
         self.calls.append((label, mask))
         counted = label if mask is None else label[mask]
         return counted.float().mean() + 0.0 * logits[0].sum()

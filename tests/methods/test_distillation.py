@@ -329,3 +329,16 @@ def test_boxes(size):
             assert max(1, round(length / 4)) <= side <= max(1, round(length * 3 / 4))
     some = random_boxes(batch, 0.5).flatten(1).any(1).float().mean()
     assert 0.2 < some < 0.8
+
+
+@pytest.mark.parametrize(("labeled", "unlabeled"), [(2, 2), (3, 1), (1, 3)])
+def test_annotated_structures_go_with_the_crops_whose_labels_they_are(labeled, unlabeled):
+    method = pointwise(Pointwise(1.0), Pointwise(9.0), mix_probability=1.0)
+    seen = []
+    method.segmentation_loss.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[3]))
+    batch = batch_of(torch.ones(3, 1, 8, 8))
+    batch["labeled"] = {key: value[:labeled] for key, value in batch["labeled"].items()}
+    batch["unlabeled"] = {key: value[:unlabeled] for key, value in batch["unlabeled"].items()}
+    known = [[0, 1], None, [0]][:labeled]
+    method({**batch, "labeled": {**batch["labeled"], "annotated": known}})
+    assert seen == [known + (known + [None] * 3)[:unlabeled]]

@@ -1,9 +1,12 @@
 """Comparison of the student's recipes: the same data, network, steps and evaluation, and a table as in the papers.
 
-``python -m common compare --recipes all --data DATA/hippocampus --datalist datalist_4.json --seeds 0,1,2 --steps 900
---output OUTPUT`` describes a study (see :mod:`common.study`): supervised on the labelled cases, the project's own method
-and each recipe of ``bundles/student/configs/recipes``. What is done already is not done again. OUTPUT then holds
-``compare.md``, ``compare.json`` and ``compare.png``, which :mod:`common.comparison` makes.
+Supervised on the labelled cases, the project's own method and each recipe of ``bundles/student/configs/recipes`` become
+one study (see :mod:`common.study`), so what is done already is not done again::
+
+    python -m common compare --recipes all --data DATA/hippocampus --datalist datalist_4.json --seeds 0,1,2 \\
+        --steps 900 --output OUTPUT
+
+OUTPUT then holds ``compare.md``, ``compare.json`` and ``compare.png``, which :mod:`common.comparison` makes.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ class Recipe:
 def read_recipes(folder: Path = _CONFIGS / "recipes") -> dict[str, Recipe]:
     """The own method and every recipe of a folder, by name.
 
-    A file that names no ``train#method`` is a variant of the recipe by whose name its own begins, and lies on top of it.
+    A file that names no ``train#method`` is a variant of the recipe by whose name its own begins, and is laid over it.
     """
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     recipes = {OWN: Recipe(OWN)}
@@ -202,13 +205,16 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
     """Compare a description with that of the runs that ``output`` has, and return both in one.
 
     Raises:
-        BadInput: runs that are done were made with other settings: they would be shown as if made with these.
+        BadInput: runs that are done were made with other settings, and would be shown as if made with these.
     """
+    description = json.loads(json.dumps(description))
     done = {path.parent.parent.name for path in output.glob("*/seed*/record.json")}
     path = output / "study.json"
-    if not done or not path.exists():
+    if not done:
         (output / "plan.json").unlink(missing_ok=True)
-        return dict(description)
+        return description
+    if not path.exists():
+        raise BadInput(f"--output {output}: it holds runs that no comparison made. Choose another folder.")
     earlier = json.loads(path.read_text())
     apart = [key for key in ("plan", "set", "evaluate") if earlier.get(key) != description.get(key)]
     files = {**earlier["data"], **description["data"]}

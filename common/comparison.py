@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -11,16 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from monai.transforms import LoadImage
 
+from .comparison_picture import save_comparison
 from .data.datalist import case_name, load_section, read_datalist
-from .errors import BadInput
 from .files import write_atomically
-from .handlers.evaluation import CONVENTIONS, _array, _to_json
-from .handlers.pictures import DOTS_PER_INCH, _draw_contours, _save, _show
+from .handlers.evaluation import CONVENTIONS, _to_json
 from .handlers.tracking import _quiet_migrations
 from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
 from .networks import read_weights
@@ -28,14 +23,12 @@ from .report import markdown_table
 from .significance import holm, paired_test
 from .study import Run, Study
 from .tables import machine
-from .transforms.output import voxel_spacing
 
-__all__ = ["Comparison", "case_dice", "deployed_parameters", "save_comparison", "trained_parameters"]
+__all__ = ["Comparison", "case_dice", "deployed_parameters", "trained_parameters"]
 
 _MEASURES = (*OVERLAP_METRICS, *DISTANCE_METRICS)
-_NORM_STATISTICS = ("running_mean", "running_var")
-_PANEL_INCHES = 1.9
-_MOST_COLUMNS = 6
+#: ends of the names of buffers: what a network knows without having learnt it by gradients
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "temperature")
 _TABLE = [
     {"key": "labelled", "title": "labelled", "better": None, "digits": 0},
     {"key": "unlabelled", "title": "unlabelled", "better": None, "digits": 0},
@@ -50,7 +43,7 @@ _TABLE = [
 ]
 _TESTS = [
     {"key": "cases", "title": "n", "better": None, "digits": 0},
-    {"key": "difference", "title": "Dice, row minus reference", "better": None, "digits": 4},
+    {"key": "difference", "title": "difference in Dice", "better": None, "digits": 3},
     {"key": "t_test", "title": "t-test p", "better": None},
     {"key": "t_test_holm", "title": "Holm", "better": None},
     {"key": "wilcoxon", "title": "Wilcoxon p", "better": None},
@@ -59,9 +52,8 @@ _TESTS = [
 
 
 def deployed_parameters(path: Path) -> int:
-    """Weights in a ``model.pt``: what inference needs, without norm statistics and counters (scalars)."""
-    state = read_weights(path)
-    return sum(t.numel() for name, t in state.items() if t.ndim and not name.endswith(_NORM_STATISTICS))
+    """Parameters in a ``model.pt``: what inference needs, without buffers."""
+    return sum(t.numel() for name, t in read_weights(path).items() if not name.endswith(_BUFFERS))
 
 
 def trained_parameters(path: Path) -> int | None:
@@ -108,22 +100,23 @@ class Comparison:
         self.runs = [study.runs[name] for name in rows]
         self.reference = study.runs[reference]
         self.section = study.description.get("set", {}).get("section", "validation")
-        self.datalist = study.data / self.reference.datalist
+        self.cases = {
+            case_name(entry): entry
+            for entry in load_section(study.data / self.reference.datalist, self.section, required=False)
+        }
 
     def write(self, failures: Sequence[str] = ()) -> str:
         """Write ``compare.md``, ``compare.json`` and ``compare.png``, log them, and return the Markdown."""
         output = self.study.output
-        rows, tests = [self.row(run) for run in self.runs], self.tests()
-        picture = self._picture(output / "compare.png")
         content = {
             "title": self.study.description.get("title", "Comparison"),
             "machine": machine(),
             "seeds": self.study.seeds,
             "conventions": CONVENTIONS,
-            "rows": rows,
+            "rows": [self.row(run) for run in self.runs],
             "reference": self.reference.name,
-            "tests": tests,
-            "picture": picture,
+            "tests": self.tests(),
+            "picture": self._picture(output / "compare.png"),
             "failures": list(failures),
         }
         text = self._markdown(content)
@@ -152,7 +145,7 @@ class Comparison:
             per_label = [[s["labels"][name][measure]["mean"] for name in names] if s else [None] for s in summaries]
             row[measure] = [statistics.fmean(values) if None not in values else None for values in per_label]
             for index, name in enumerate(names):
-                row[f"{measure}/{name}"] = [values[index] if s else None for s, values in zip(summaries, per_label)]
+                row[f"{measure}/{name}"] = [values[index] if values != [None] else None for values in per_label]
         failed = [sum(s["labels"][name]["failed"] for name in names) if s else None for s in summaries]
         row["failed"] = failed
         row["minutes"] = [self._minutes(run, seed) for seed in self.study.seeds]
@@ -188,8 +181,7 @@ class Comparison:
 
         Each pair is compared over the seeds that both rows have.
         """
-        entries = load_section(self.datalist, self.section, required=False)
-        units = {case_name(entry): str(entry.get("patient") or case_name(entry)) for entry in entries}
+        units = {case: str(entry.get("patient") or case) for case, entry in self.cases.items()}
         found = []
         for run in self.runs:
             done = [self.study.records_by_seed(r) for r in (run, self.reference)]
@@ -221,22 +213,25 @@ class Comparison:
         lines = [f"## {content['title']}", ""]
         seeds = ", ".join(map(str, content["seeds"]))
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
-        lines += [markdown_table(_TABLE, rows), ""]
+        # Distances leave failed cases out: no reason to be the best.
+        unfair = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
+        columns = [{**column, "better": None} if column["key"] in unfair else column for column in _TABLE]
+        lines += [markdown_table(columns, rows), ""]
         if any(run.teacher for run in self.runs):
-            lines += ["Rows that start from a teacher take its steps, and its minutes, out of their own.", ""]
+            lines += ["Rows that start from a teacher: its steps and minutes are counted among theirs.", ""]
         lines += [
             "Means over structures of the means over cases.",
             *(f"{name.upper()}: {CONVENTIONS[name]}." for name in ("hd95", "asd")),
-            f"Failed, all seeds together: {CONVENTIONS['failed']}.",
+            f"Failed, all seeds together: {CONVENTIONS['failed']}; then no distance is marked as best.",
             "Parameters are those of the weights to use; trained those that an optimiser moved.",
             "",
         ]
         if len(names) > 1:
             columns = [{"key": key, "title": key.replace("dice/", "Dice "), "better": "higher"} for key in names]
             lines += [markdown_table(columns, rows), ""]
+        reference = self.reference.title or self.reference.name
         if content["tests"]:
-            reference = self.reference.title or self.reference.name
-            unit = "patient" if any(e.get("patient") for e in self._entries()) else "case"
+            unit = "patient" if any(entry.get("patient") for entry in self.cases.values()) else "case"
             lines += [f"### Against {reference}", ""]
             tests = [
                 {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}
@@ -245,11 +240,55 @@ class Comparison:
             lines += [markdown_table(_TESTS, [{**test, "cases": str(test["cases"])} for test in tests]), ""]
             lines += [
                 f"Paired over the {unit}s (n), whose Dice is averaged over structures and seeds: two-sided p of the "
-                f"paired t-test and of Wilcoxon's signed-rank test, corrected by Holm for {len(tests)} comparisons. They "
+                f"paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for {len(tests)} rows. They "
                 "say whether a difference would hold on other cases, not how much training again would change it.",
                 "",
             ]
         if content["picture"]:
-            lines += [f"![{content['picture']['title']}](compare.png)", ""]
+            picture = content["picture"]
+            lines += [f"Median case of {reference}, {picture['case']}, seed {picture['seed']}:", ""]
+            lines += ["![Image, reference and every method](compare.png)", ""]
         lines += [f"Not done: {failure}" for failure in content["failures"]]
         return "\n".join(lines).rstrip()
+
+    def _picture(self, path: Path) -> dict[str, Any] | None:
+        """Draw the case whose Dice is the median of the reference's first seed that is done; says which it is."""
+        seed = next(iter(self.study.records_by_seed(self.reference)), None)
+        scores = {} if seed is None else self.scores(self.reference, [seed])
+        ranked = sorted((case for case in scores if case in self.cases), key=scores.get)
+        if not ranked:
+            return None
+        case = ranked[(len(ranked) - 1) // 2]
+        predictions = {}
+        for run in self.runs:
+            folder = self.study.folder(run, seed) / "test"
+            file = folder / "predictions" / f"{case}_seg.nii.gz"
+            if seed in self.study.records_by_seed(run) and file.exists():
+                dice = case_dice(folder / "metrics.csv").get(case, math.nan)
+                predictions[f"{run.title or run.name}\n{dice:.3f}"] = file
+        save_comparison(path, self.cases[case]["image"], self.cases[case]["label"], predictions)
+        return {"case": case, "seed": seed}
+
+    def _log(self, content: Mapping[str, Any]) -> None:
+        """The means as one MLflow run, with the three files: where the runs are tracked, else beside the table."""
+        from mlflow import MlflowClient  # takes seconds
+
+        output = self.study.output
+        tracking = self.study.description.get("set", {}).get("tracking_uri")
+        uri = tracking or f"sqlite:///{output / 'mlruns.db'}"
+        _quiet_migrations(uri)
+        client = MlflowClient(uri)
+        found = client.get_experiment_by_name("compare")
+        place = None if tracking else (output / "mlartifacts").as_uri()
+        experiment = found.experiment_id if found else client.create_experiment("compare", place)
+        run = client.create_run(experiment, run_name=content["title"]).info.run_id
+        client.log_param(run, "seeds", str(content["seeds"]))
+        client.log_param(run, "reference", content["reference"])
+        for row in content["rows"]:
+            for measure in (*_MEASURES, "minutes"):
+                values = [value for value in row[measure] if value is not None]
+                if values:
+                    client.log_metric(run, f"{measure}/{row['run']}", statistics.fmean(values))
+        for path in sorted(output.glob("compare.*")):
+            client.log_artifact(run, str(path))
+        client.set_terminated(run)

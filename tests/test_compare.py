@@ -1,0 +1,301 @@
+"""Comparison of recipes: which runs it asks for, what it refuses, its table, its tests and its picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from mlflow import MlflowClient
+
+from common import study as study_module
+from common.compare import add_arguments, choose_recipes, describe, main, read_recipes
+from common.comparison import Comparison, case_dice, deployed_parameters, trained_parameters
+from common.comparison_picture import _slices, _window
+from common.errors import BadInput
+from common.report import NOTHING
+from common.study import ROOT
+
+CASES = ("a", "b", "c", "d")
+PATIENTS = {"a": "p", "b": "p", "c": "q", "d": "r"}
+NUMBERS = {"dice": 0.0, "jaccard": 0.5, "hd95": 3.0, "asd": 1.0}
+NUMBERS |= {"hd95_pooled": 2.5, "hd95_pooled_voxels": 2.0, "asd_voxels": 0.5}
+#: Dice of each case by run, before what a seed adds
+DICE = {"supervised": (0.5, 0.6, 0.5, 0.6), "bcp": (0.8, 0.8, 0.9, 0.6), "distillation": (0.8, 0.9, 0.85, 0.7)}
+
+
+def option(command: list[str], name: str) -> str | None:
+    return command[command.index(f"--{name}") + 1] if f"--{name}" in command else None
+
+
+def options(data: Path, output: Path, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    plan = data / "plan.json"
+    plan.write_text("{}")
+    given = ["--data", str(data), "--output", str(output), "--steps", "9", "--iterations-per-epoch", "1"]
+    return parser.parse_args([*given, "--plan", str(plan), "--recipes", "bcp", *arguments])
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four labelled cases of three patients as validation; the structure is a block in the middle."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[2:5, 2:6, 1:3] = 1
+    for case in CASES:
+        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{case}.nii")
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{case}_label.nii")
+    entries = [{"image": f"{c}.nii", "label": f"{c}_label.nii", "patient": PATIENTS[c]} for c in CASES]
+    content = {"training": entries[:1], "unlabeled": [{"image": "b.nii"}, {"image": "c.nii"}], "validation": entries}
+    (folder / "datalist.json").write_text(json.dumps(content))
+    (folder / "full.json").write_text(json.dumps({**content, "training": entries[:3], "unlabeled": []}))
+    return folder
+
+
+@pytest.fixture
+def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tracking database, which takes seconds to make."""
+    monkeypatch.setattr(Comparison, "_log", lambda self, content: None)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
+    """Commands are written down instead of run, and leave the files that a training or an evaluation leaves."""
+    seen: list[list[str]] = []
+
+    def fake(command: list[str], log: Any, cores: list[int] | None) -> int:
+        seen.append(command)
+        folder, models = Path(option(command, "output_dir")), Path(option(command, "ckpt_dir"))
+        run, seed = folder.parent.parent.name, int(option(command, "seed"))
+        if run == "cps":
+            return 1
+        for path in (folder, models):
+            path.mkdir(parents=True, exist_ok=True)
+        if folder.name == "train":
+            weights = {
+                "conv.weight": torch.zeros(3, 5),
+                "norm.running_mean": torch.zeros(3),
+                "scale": torch.tensor(1.0),
+            }
+            torch.save({"model": weights}, models / "model.pt")
+            optimizers = {
+                "optimizer": {"param_groups": [], "state": {0: {"momentum_buffer": torch.zeros(3, 5)}}},
+                "second": {"param_groups": [], "state": {0: {"step": torch.tensor(1), "exp_avg": torch.zeros(7)}}},
+            }
+            torch.save({"state": {"method": weights, **optimizers}}, folder / "checkpoint.pt")
+            return 0
+        assert option(command, "postprocessing#output_dir") == "$@output_dir + '/predictions'"
+        scores = [dice + 0.02 * seed for dice in DICE.get(run, DICE["supervised"])]
+        lines = [f"{case},{dice},\n" for case, dice in zip(CASES, scores, strict=True)]
+        (folder / "metrics.csv").write_text("case,dice/wall,failed\n" + "".join(lines))
+        found = {**NUMBERS, "dice": float(np.mean(scores)), "hd95": 3.0 if run == "bcp" else 4.0}
+        label = {key: {"mean": value} for key, value in found.items()}
+        summary = {
+            "labels": {"wall": {**label, "failed": int(seed == 0)}},
+            "mean_dice": float(np.mean(scores)),
+            "targets": {},
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "predictions").mkdir(exist_ok=True)
+        for case in CASES:
+            nibabel.save(nibabel.load(data / f"{case}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
+        return 0
+
+    monkeypatch.setattr(study_module, "_call", fake)
+    return seen
+
+
+def test_every_file_is_a_recipe_whose_overlays_exist() -> None:
+    recipes = read_recipes()
+    folder = ROOT / "bundles" / "student" / "configs"
+    assert set(recipes) == {"distillation", *(path.stem for path in (folder / "recipes").glob("*.json"))}
+    assert recipes["ase_net_dybac"].overlays == ("recipes/ase_net.json", "recipes/ase_net_dybac.json")
+    assert recipes["aggregating_decoupling_without_diffusion"].title == "A&D without diffusion"
+    assert {name for name, recipe in recipes.items() if recipe.needs_teacher} == {
+        "distillation",
+        "knowledge_distillation",
+    }
+    assert {name for name, recipe in recipes.items() if recipe.has_own_optimizer} == {"ase_net", "ase_net_dybac"}
+    everything = [recipe.name for recipe in choose_recipes("all", recipes)]
+    assert everything[0] == "distillation"
+    assert not {name for name in everything if "_without_" in name or "dybac" in name}
+    assert [r.name for r in choose_recipes("bcp,ase_net_dybac", recipes)] == ["distillation", "bcp", "ase_net_dybac"]
+    with pytest.raises(BadInput, match="bpc"):
+        choose_recipes("bpc", recipes)
+
+
+def test_a_variant_is_laid_over_the_recipe_with_the_longest_name(tmp_path: Path) -> None:
+    for name in ("net", "net_wide", "net_wide_again"):
+        own = {"train#method": {}} if name != "net_wide_again" else {"threshold": 1}
+        (tmp_path / f"{name}.json").write_text(json.dumps(own))
+    assert read_recipes(tmp_path)["net_wide_again"].overlays == ("recipes/net_wide.json", "recipes/net_wide_again.json")
+    (tmp_path / "stray.json").write_text("{}")
+    with pytest.raises(BadInput, match="stray"):
+        read_recipes(tmp_path)
+
+
+def test_all_rows_take_the_same_steps() -> None:
+    recipes = choose_recipes("ua_mt,ase_net,knowledge_distillation", read_recipes())
+    rates = {"learning_rate": 0.05}
+    runs = describe(recipes, "few.json", 800, 50, "full.json", rates, {"mirror_axes": [0]})["runs"]
+    assert {name: run["epochs"] for name, run in runs.items()} == {
+        "teacher": 5,
+        "supervised": 16,
+        "distillation": 11,
+        "knowledge_distillation": 11,
+        "ua_mt": 16,
+        "ase_net": 16,
+        "supervised_all": 16,
+    }
+    assert {name for name, run in runs.items() if run.get("teacher")} == {"distillation", "knowledge_distillation"}
+    assert {name for name, run in runs.items() if run["set"] != rates} == {"ase_net"}
+    assert runs["supervised_all"]["datalist"] == "full.json"
+    assert runs["ua_mt"]["overlays"] == ["recipes/ua_mt.json"]
+    with pytest.raises(BadInput, match="multiple"):
+        describe(recipes, "few.json", 810, 50)
+    with pytest.raises(BadInput, match="an epoch each"):
+        describe(recipes, "few.json", 50, 50)
+
+
+def test_a_protocol_comes_last_and_gives_strong_views_to_those_that_ask_for_them() -> None:
+    runs = describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="left_atrium")["runs"]
+    plain, strong = "protocols/left_atrium.json", "protocols/left_atrium_strong_view.json"
+    assert runs["supervised"]["overlays"] == [plain]
+    assert runs["ua_mt"]["overlays"] == ["recipes/ua_mt.json", plain]
+    assert runs["distillation"]["overlays"] == [plain, strong]
+    with pytest.raises(BadInput, match="right_atrium"):
+        describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="right_atrium")
+
+
+def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("--seeds", "0,1", "--upper-bound", "full.json", "--learning-rate", "0.05", "--set", "mirror_axes=[0]")
+    assert main(options(data, output, *arguments)) == 0
+    assert all(option(command, "mirror_axes") == "[0]" for command in calls)
+    assert all(option(command, "learning_rate") == "0.05" for command in calls)
+
+    content = json.loads((output / "compare.json").read_text())
+    rows = {row["run"]: row for row in content["rows"]}
+    assert list(rows) == ["supervised", "distillation", "bcp", "supervised_all"]
+    assert [(row["labelled"], row["unlabelled"]) for row in rows.values()] == [(1, 0), (1, 2), (1, 2), (3, 0)]
+    assert rows["bcp"]["dice"] == pytest.approx([0.775, 0.795])
+    assert (rows["bcp"]["hd95"], rows["bcp"]["asd"], rows["bcp"]["failed"]) == ([3.0, 3.0], [1.0, 1.0], [1, 0])
+    assert (rows["bcp"]["parameters"], rows["bcp"]["trained"]) == (16, 22)
+    alone = json.loads((output / "distillation" / "seed0" / "record.json").read_text())["train_seconds"] / 60
+    teacher = json.loads((output / "teacher" / "seed0" / "record.json").read_text())["train_seconds"] / 60
+    assert rows["distillation"]["minutes"][0] == pytest.approx(alone + teacher)
+
+    tests = {test["run"]: test for test in content["tests"]}
+    assert set(tests) == {"supervised", "bcp", "supervised_all"}
+    # Patients: p has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
+    assert (tests["bcp"]["cases"], tests["bcp"]["seeds"]) == (3, [0, 1])
+    assert tests["bcp"]["difference"] == pytest.approx((-0.05 + 0.05 - 0.1) / 3)
+    assert tests["bcp"]["t_test_holm"] == pytest.approx(tests["bcp"]["t_test"])
+    assert tests["supervised"]["t_test_holm"] == pytest.approx(3 * tests["supervised"]["t_test"])
+    # The middle of 0.7, 0.8, 0.85 and 0.9, the lower of the two.
+    assert content["picture"] == {"case": "a", "seed": 0}
+    # Six panels, two slices.
+    height, width, _ = imread(output / "compare.png").shape
+    assert (width, height) == (1140, 410)
+
+    text = (output / "compare.md").read_text()
+    assert "| BCP | 1 | 2 | 0.785 ± 0.014 |" in text
+    assert "| **0.823 ± 0.014** |" in text
+    assert "| 3.00 ± 0.00 | 1.00 ± 0.00 | 1 |" in text
+    assert "patients (n)" in text
+    client = MlflowClient(f"sqlite:///{output / 'mlruns.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
+    assert run.data.metrics["dice/bcp"] == pytest.approx(0.785)
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
+        "compare.json",
+        "compare.md",
+        "compare.png",
+    }
+
+
+@pytest.mark.usefixtures("untracked")
+def test_what_is_done_is_kept_and_rows_can_be_added(
+    data: Path, calls: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    main(options(data, output))
+    count = len(calls)
+    assert main(options(data, output, "--seeds", "0,1", "--recipes", "bcp,cps", "--only-table")) == 0
+    assert len(calls) == count
+    assert "0.775 (1 of 2)" in (output / "compare.md").read_text()
+    # The run that fails ends neither the others nor the table.
+    assert main(options(data, output, "--recipes", "cps,ua_mt", "--reference", "supervised")) == 1
+    assert len(calls) == count + 1 + 2
+    assert "cps, seed 0 failed" in capsys.readouterr().err
+    text = (output / "compare.md").read_text()
+    assert "Against Supervised" in text
+    assert f"| CPS | 1 | 2 | {NOTHING} |" in text
+    assert "Not done: run cps" in text
+    assert set(json.loads((output / "study.json").read_text())["runs"]) >= {"bcp", "cps", "ua_mt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "12"], "run supervised"),
+        (["--learning-rate", "0.5"], "run bcp"),
+        (["--set", "batch_size=3"], "set"),
+        (["--reference", "cps"], "'cps'"),
+        (["--set", "batch_size"], "KEY=VALUE"),
+        (["--seeds", "0,x"], "0,x"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--datalist", "none.json"], "none.json"),
+        (["--upper-bound", "none.json"], "none.json"),
+    ],
+)
+@pytest.mark.usefixtures("untracked")
+def test_other_settings_and_mistakes_are_refused(
+    arguments: list[str], words: str, data: Path, calls: list[list[str]], tmp_path: Path
+) -> None:
+    main(options(data, tmp_path / "out"))
+    count = len(calls)
+    with pytest.raises(BadInput, match=words):
+        main(options(data, tmp_path / "out", *arguments))
+    assert len(calls) == count
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_changed_datalist_and_other_peoples_runs_are_refused(
+    data: Path, calls: list[list[str]], tmp_path: Path
+) -> None:
+    main(options(data, tmp_path / "out"))
+    content = json.loads((data / "datalist.json").read_text())
+    (data / "datalist.json").write_text(json.dumps({**content, "unlabeled": content["unlabeled"][:1]}))
+    with pytest.raises(BadInput, match=r"datalist\.json"):
+        main(options(data, tmp_path / "out"))
+    (tmp_path / "out" / "study.json").unlink()
+    with pytest.raises(BadInput, match="no comparison made"):
+        main(options(data, tmp_path / "out"))
+
+
+def test_counts_and_scores_come_from_the_files(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.zeros(2, 3), "n.running_var": torch.zeros(9)}}, tmp_path / "model.pt")
+    assert deployed_parameters(tmp_path / "model.pt") == 6
+    state = {"optimizer": {"param_groups": [], "state": {0: {"momentum_buffer": None}}}}
+    torch.save({"state": state}, tmp_path / "checkpoint.pt")
+    assert trained_parameters(tmp_path / "checkpoint.pt") is None
+    (tmp_path / "metrics.csv").write_text("case,dice/a,dice/b,hd95/a,failed\nx,0.5,1.0,9,\ny,,0.25,9,\nz,,,,\n")
+    assert case_dice(tmp_path / "metrics.csv") == {"x": 0.75, "y": 0.25}
+
+
+def test_slices_lie_in_the_structure_and_the_window_hides_no_prediction() -> None:
+    reference, prediction = np.zeros((20, 20, 12)), np.zeros((20, 20, 12))
+    reference[8:12, 8:12, 4:8] = 1
+    assert _slices(reference, 2, 3) == [5, 6, 7]
+    assert _slices(np.zeros((4, 4, 4)), 2, 1) == [2]
+    assert _window([reference, prediction], 2) == (slice(6, 14), slice(6, 14), slice(0, 12))
+    prediction[0, 9, 0] = 1
+    assert _window([reference, prediction], 2) == (slice(0, 15), slice(6, 14), slice(0, 12))

@@ -75,7 +75,9 @@ class Method(nn.Module):
         """
         label = labeled["label"]
         outputs = [level[: label.shape[0]] for level in logits]
-        return self.segmentation_loss(outputs, label, annotated=labeled.get("annotated"))
+        # Only where it matters, so that a config may name any other loss of logits and label.
+        annotated = {"annotated": labeled["annotated"]} if labeled.get("annotated") else {}
+        return self.segmentation_loss(outputs, label, **annotated)
 
     def after_step(self) -> None:
         """Called by the engine after every step."""

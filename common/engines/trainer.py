@@ -119,6 +119,9 @@ class SemiSupervisedTrainer(Trainer):
     def _finish_epoch(self) -> None:
         means = {f"train/{name}": total / self._counts[name] for name, total in self._sums.items()}
         means["train/learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        # A term that has ended, or a class of which nothing is kept any more, must not go on with its last value.
+        for name in [name for name in self.state.metrics if name.startswith("train/")]:
+            del self.state.metrics[name]
         self.state.metrics.update(means)
 
     def _iteration(self, engine: SemiSupervisedTrainer, batchdata: Mapping[str, Any]) -> dict[str, float]:

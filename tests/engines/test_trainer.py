@@ -362,3 +362,14 @@ def test_a_finished_run_that_is_resumed_does_not_train_again(tmp_path):
     trainer.run()
     assert not again.asked
     assert again.weight.item() == first.weight.item()
+
+
+def test_a_term_that_has_ended_is_logged_no_more():
+    class Ending(Line):
+        def forward(self, batch: dict[str, dict[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+            terms = super().forward(batch)
+            return terms if self.step < 2 else {"loss": terms["loss"], "size": terms["size"] * math.nan}
+
+    metrics = train(Ending(), steps((1.0, 2.0), (1.0, 2.0)), epochs=2).state.metrics
+    assert "train/loss" in metrics
+    assert "train/size" not in metrics

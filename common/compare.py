@@ -211,7 +211,6 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
     done = {path.parent.parent.name for path in output.glob("*/seed*/record.json")}
     path = output / "study.json"
     if not done:
-        (output / "plan.json").unlink(missing_ok=True)
         return description
     if not path.exists():
         raise BadInput(f"--output {output}: it holds runs that no comparison made. Choose another folder.")
@@ -280,10 +279,10 @@ def _seeds(text: str) -> list[int]:
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What the study is to plan: a given plan is one whose every key is set."""
+    """What the study is to plan; a given plan is taken as it is."""
     if options.plan is not None:
         try:
-            return {"datalist": options.datalist, "set": json.loads(options.plan.read_text())}
+            return {"set": json.loads(options.plan.read_text())}
         except (OSError, ValueError) as error:
             raise BadInput(f"--plan {options.plan}: can't be read ({error}).") from error
     if options.protocol is not None:
@@ -321,8 +320,6 @@ def main(options: argparse.Namespace) -> int:
         raise BadInput(f"--reference {options.reference!r}: there is no such row; choose from {', '.join(rows)}.")
     record = check_earlier(description, output)
     study = Study(description, data, output, _seeds(options.seeds), options.device)
-    if options.plan is not None:
-        write_atomically(output / "plan.json", json.dumps(description["plan"]["set"], indent=2))
     write_atomically(output / "study.json", json.dumps(record, indent=2))
     failures = [] if options.only_table else study.run_all(jobs=options.jobs)
     comparison = Comparison(study, rows, options.reference)

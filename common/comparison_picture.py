@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from monai.transforms import LoadImage
 
 from .errors import BadInput
-from .handlers.evaluation import _array
+from .handlers.cases import array
 from .handlers.pictures import DOTS_PER_INCH, _draw_contours, _save, _show
 from .transforms.output import voxel_spacing
 
@@ -70,8 +70,8 @@ def save_comparison(
     load = LoadImage(image_only=True, ensure_channel_first=True)
     loaded = load(image)
     files = {"Reference": reference, **predictions}
-    maps = {title: _array(load(file)) for title, file in files.items()}
-    picture, spacing = _array(loaded), voxel_spacing(loaded)
+    maps = {title: array(load(file)) for title, file in files.items()}
+    picture, spacing = array(loaded), voxel_spacing(loaded)
     for title, labels in maps.items():
         if labels.shape != picture.shape:
             raise BadInput(f"{files[title]}: shape {labels.shape}, but {picture.shape} of the image {image}.")

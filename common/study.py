@@ -1,8 +1,9 @@
 """Studies: several trainings and their evaluations, described in one JSON file, run in order and set side by side.
 
 A study's file lists runs. Each trains one of the bundles through ``python -m monai.bundle run``, as a user would, and
-evaluates it on the datalist's validation section. What is done already is not done again, and a run that fails does not
-end the others, so a study can be stopped and continued. See ``studies/`` for examples::
+evaluates it on the datalist's validation section. What is done is not done again unless its description, or the run it
+starts from, has changed, and a run that fails does not end the others: so a study can be stopped, corrected and
+continued. See ``studies/`` for examples::
 
     {
         "title": "Hippocampus, 4 labelled volumes",
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shlex
@@ -129,17 +131,23 @@ class Study:
         return self.folder(run, seed) / "models" / "model.pt"
 
     def write_plan(self) -> list[str]:
-        """Plan for the data when the study asks for it; returns the overlays that every run gets."""
+        """Plan for the data when the study names a datalist for it, and lay its ``set`` over the plan.
+
+        Returns:
+            The overlays that every run gets.
+        """
         wanted = self.description.get("plan")
         if wanted is None:
             return []
         path = self.output / "plan.json"
-        if not path.exists():
+        asked = {**wanted, "data": str(self.data)}
+        if not path.exists() or json.loads(path.read_text()).get("_comment_study") != asked:
             options = {key: value for key, value in wanted.items() if key not in ("datalist", "set")}
             if "memory" in options:
                 options["memory"] = parse_memory(options["memory"])
-            plan = make_plan(self.data / wanted.get("datalist", "datalist.json"), **options)
-            write_atomically(path, json.dumps({**plan, **wanted.get("set", {})}, indent=2))
+            plan = make_plan(self.data / wanted["datalist"], **options) if "datalist" in wanted else {}
+            content = {**plan, **wanted.get("set", {}), "_comment_study": asked}
+            write_atomically(path, json.dumps(content, indent=2))
         return [str(path)]
 
     def commands(self, run: Run, seed: int) -> list[list[str]]:
@@ -189,13 +197,14 @@ class Study:
             BadInput: a command failed; its output is in ``log.txt`` of the run's folder.
         """
         folder = self.folder(run, seed)
-        record = folder / "record.json"
-        if record.exists():
+        commands = self.commands(run, seed)
+        identity = self._identity(run, seed, commands)
+        if self.record(run, seed).get("identity") == identity:
             return
         folder.mkdir(parents=True, exist_ok=True)
         seconds = []
         with open(folder / "log.txt", "w") as log:
-            for command in self.commands(run, seed):
+            for command in commands:
                 log.write(shlex.join(command) + "\n")
                 log.flush()
                 start = time.perf_counter()
@@ -205,8 +214,26 @@ class Study:
                     tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
                     raise BadInput(f"run {run.name}, seed {seed} failed; see {folder / 'log.txt'}: " + " | ".join(tail))
         summary = json.loads((folder / "test" / "summary.json").read_text())
-        content = {"train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1], "summary": summary}
-        write_atomically(record, json.dumps(content, indent=2))
+        content = {"identity": identity, "train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1]}
+        write_atomically(folder / "record.json", json.dumps({**content, "summary": summary}, indent=2))
+
+    def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
+        """Fingerprint of all that decides a run's result but for the code: another one must be run again."""
+        content = [command[1:] for command in commands]  # the interpreter may move
+        digest = hashlib.sha256(json.dumps(content).encode())
+        files = [self.data / run.datalist, *self.write_plan()]
+        files += [ROOT / "bundles" / run.bundle / "configs" / name for name in run.overlays]
+        for path in files:
+            digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")
+        for parent in (run.teacher, run.student):
+            if parent is not None:
+                digest.update(str(self.record(self.runs[parent], seed).get("identity")).encode())
+        return digest.hexdigest()
+
+    def record(self, run: Run, seed: int) -> dict[str, Any]:
+        """What is known of a run with one seed; empty while it is not done."""
+        path = self.folder(run, seed) / "record.json"
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def run_all(self, only: Sequence[str] | None = None, jobs: int = 1) -> list[str]:
         """Execute every run, or those named in ``only``, with every seed; returns what failed.
@@ -216,6 +243,7 @@ class Study:
             jobs: how many at a time, each on its own share of the cores; a run waits for those it starts from.
         """
         failures: list[str] = []
+        self.write_plan()  # once, before several runs at a time ask for it
         waiting = [(run, seed) for seed in self.seeds for run in self.runs.values() if only is None or run.name in only]
         shares = _shares(jobs)
         running: dict[Future, tuple[Run, int, float, list[int] | None]] = {}
@@ -249,8 +277,8 @@ class Study:
 
     def records_by_seed(self, run: Run) -> dict[int, dict[str, Any]]:
         """What is known of a run, for each seed that is done."""
-        paths = {seed: self.folder(run, seed) / "record.json" for seed in self.seeds}
-        return {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.exists()}
+        found = {seed: self.record(run, seed) for seed in self.seeds}
+        return {seed: record for seed, record in found.items() if record}
 
     def records(self, run: Run) -> list[dict[str, Any]]:
         """What is known of a run, a dict a seed that is done."""

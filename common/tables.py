@@ -46,8 +46,11 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """MAE, RMSE and R2 of a dense target: inside the reference, where covered, and of the case means."""
-    groups = {"voxels": "", "covered": "covered: ", "case_means": "case means: "}
+    """MAE, RMSE and R2 of a dense target inside the reference, all voxels and the case means.
+
+    The last columns tell how much of the reference the predicted segmentation covers (or, for a measurement in it, how
+    much of it has one), and the MAE there.
+    """
     rows, unit = [], ""
     for run in study.runs.values():
         summaries = [r["summary"]["targets"].get(target) for r in study.records(run)]
@@ -55,12 +58,12 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
             continue
         unit = summaries[0]["unit"]
         row: dict[str, Any] = {"name": run.title or run.name}
-        for group in groups:
-            found = [s.get(group) for s in summaries]
-            found = [f.get("voxels") if f and group == "covered" else f for f in found]
+        for group in ("voxels", "case_means"):
             for measure in ("mae", "rmse", "r2"):
-                if None not in found:
-                    row[f"{group}/{measure}"] = [f[measure] if f[measure] is not None else math.nan for f in found]
+                row[f"{group}/{measure}"] = [_figure(s[group][measure]) for s in summaries]
+        if all("covered" in s for s in summaries):
+            row["coverage"] = [_figure(s["coverage"]["mean"]) for s in summaries]
+            row["covered/mae"] = [_figure(s["covered"]["voxels"]["mae"]) for s in summaries]
         row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
         rows.append(row)
     columns = [
@@ -70,11 +73,19 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
             "better": "higher" if measure == "r2" else "lower",
             "digits": 3,
         }
-        for group, text in groups.items()
+        for group, text in (("voxels", ""), ("case_means", "case means: "))
         for measure in ("mae", "rmse", "r2")
     ]
+    columns.append({"key": "coverage", "title": "covered", "better": None, "digits": 2})
+    columns.append(
+        {"key": "covered/mae", "title": "MAE there" + f" [{unit}]" * bool(unit), "better": None, "digits": 3}
+    )
     columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
     return columns, rows
+
+
+def _figure(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def gap_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

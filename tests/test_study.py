@@ -100,6 +100,44 @@ def test_one_failure_does_not_end_the_others_and_what_is_done_is_not_done_again(
     assert len(calls) == count + 2
 
 
+def test_what_was_done_with_another_description_is_done_again_with_all_that_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def fake(command: list[str], log: Any, cores: list[int] | None) -> int:
+        folder = Path(option(command, "output_dir"))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(SUMMARY))
+        if folder.name == "test":
+            done.append(folder.parent.parent.name)
+        return 0
+
+    monkeypatch.setattr(module, "_call", fake)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "datalist.json").write_text("{}")
+    description = json.loads(json.dumps({**DESCRIPTION, "plan": {"set": {"spacing": [1, 1, 1]}}}))
+
+    def again() -> list[str]:
+        done.clear()
+        Study(description, data, tmp_path / "out").run_all()
+        return done
+
+    assert again() == ["teacher", "student", "geometric"]
+    assert again() == []
+    description["runs"]["student"]["title"] = "another name"
+    assert again() == []
+    description["runs"]["student"]["set"]["threshold"] = 0.9
+    assert again() == ["student", "geometric"]
+    description["runs"]["teacher"]["epochs"] = 4
+    assert again() == ["teacher", "student", "geometric"]
+    description["plan"]["set"]["spacing"] = [1, 1, 2]
+    assert again() == ["teacher", "student", "geometric"]
+    (data / "datalist.json").write_text('{"training": []}')
+    assert again() == ["teacher", "student", "geometric"]
+
+
 def test_tables(study: Study, calls: list[list[str]]) -> None:
     study.run_all()
     columns, rows = segmentation_table(study)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from .configuration import running_config
 from .distributed import distributed_device, start_distributed, stop_distributed
+from .origin import load_teacher, load_weights, selected_on, start_from
 from .precision import precision
 from .prediction import predict
-from .preflight import preflight, start
+from .preflight import check_evaluation, preflight, start
 from .trainer import SemiSupervisedTrainer
 
 __all__ = [
     "SemiSupervisedTrainer",
+    "check_evaluation",
     "distributed_device",
+    "load_teacher",
+    "load_weights",
     "precision",
     "predict",
     "preflight",
     "running_config",
+    "selected_on",
     "start",
     "start_distributed",
+    "start_from",
     "stop_distributed",
 ]

@@ -15,7 +15,7 @@ from ..data.datalist import check_cases, check_labels, check_output, read_datali
 from ..errors import BadInput, report_plainly
 from .allocator import keep_pages
 
-__all__ = ["preflight", "start"]
+__all__ = ["check_evaluation", "preflight", "start"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +85,7 @@ def preflight(
                 f"`targets` names {target['name']!r}, but no training case of {datalist} has that key: nothing to "
                 "learn it from."
             )
-    if Path(datalist).is_file():
-        check_labels(read_datalist(datalist), labels)
+    _check_labels(datalist, labels)
     if divisor is not None and patch_size is not None:
         wrong = [size for size, by in zip(patch_size, divisor, strict=False) if size % by]
         if len(patch_size) != len(divisor) or wrong:
@@ -102,3 +101,36 @@ def preflight(
         Path(output_dir),
         Path(ckpt_dir),
     )
+
+
+def check_evaluation(
+    cases: Sequence[Mapping[str, Any]],
+    datalist: str,
+    labels: Mapping[str, str],
+    channels: int,
+    output_dir: str,
+    targets: Sequence[Mapping[str, Any]] = (),
+    patch_size: Sequence[int] | None = None,
+) -> None:
+    """Check the input of an evaluation before it starts.
+
+    Args:
+        cases: the labelled entries to evaluate.
+        datalist: where they come from; its ``labels`` must be those of the config.
+        labels: names of the classes by id, background as ``"0"``.
+        channels: number of the image's channels.
+        output_dir: must be writable.
+        targets: regression targets.
+        patch_size: its length is the number of spatial dimensions.
+
+    Raises:
+        BadInput: with everything that was found.
+    """
+    check_output(output_dir)
+    _check_labels(datalist, labels)
+    check_cases(cases, labels, channels, targets, patch_size)
+
+
+def _check_labels(datalist: str, labels: Mapping[str, str]) -> None:
+    if Path(datalist).is_file():
+        check_labels(read_datalist(datalist), labels)

@@ -40,7 +40,8 @@ class Checkpoint:
         evaluator: its key metric decides with ``select="best"``.
 
     Raises:
-        BadInput: weights that are not finite, a file that can't be written, a checkpoint of another run.
+        BadInput: weights that are not finite, a file that can't be written, a checkpoint of another run or of one with
+            another number of epochs, a validation without the figure to select by.
     """
 
     def __init__(
@@ -90,8 +91,15 @@ class Checkpoint:
                 f"{self.checkpoint_path}: can't resume from it ({type(error).__name__}: {str(error)[:300]}). It may "
                 "belong to a run with another configuration; use another output_dir, or --resume false to start over."
             ) from error
+        if saved["max_epochs"] != engine.state.max_epochs:
+            raise BadInput(
+                f"{self.checkpoint_path}: this run was begun for {saved['max_epochs']} epochs, at the end of which its "
+                f"learning rate is 0; found max_epochs {engine.state.max_epochs}. Resume with "
+                f"--train#trainer#max_epochs {saved['max_epochs']}, or begin a run in another output_dir."
+            )
         engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
-        engine.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty when that part of the run needed no scaling, as with bf16
+            engine.scaler.load_state_dict(saved["scaler"])
         self.best = saved["best"]
         logger.info("Resumed from %s after epoch %d", self.checkpoint_path, saved["epoch"])
 
@@ -100,6 +108,7 @@ class Checkpoint:
         content = {
             "state": {name: item.state_dict() for name, item in self.trainer_state.items()},
             "scaler": engine.scaler.state_dict(),
+            "max_epochs": engine.state.max_epochs,
             "epoch": engine.state.epoch,
             "iteration": engine.state.iteration,
             "best": self.best,
@@ -109,14 +118,22 @@ class Checkpoint:
         write_atomically(self.checkpoint_path, buffer.getbuffer())
 
     def _keep_best(self, evaluator: Engine) -> None:
-        value = evaluator.state.metrics.get(evaluator.state.key_metric_name)
-        if value is None or value != value:
+        name = evaluator.state.key_metric_name
+        value = evaluator.state.metrics.get(name)
+        if value is None:
+            raise BadInput(
+                f"select is 'best', but the validation gave no {name or 'key metric'} to select by, only "
+                f"{sorted(evaluator.state.metrics)}. Give the evaluator a key_val_metric, or use --select last."
+            )
+        if value != value:
             return
         if self.best is None or evaluator.metric_cmp_fn(value, self.best):
             self.best = float(value)
             save_weights(self.network, self.best_path)
 
     def _deploy(self, engine: Engine) -> None:
+        if self.select == "best" and not self.best_path.exists():
+            logger.warning("No validation gave a figure to select the best weights by: those of the last epoch it is")
         if self.select == "best" and self.best_path.exists():
             state = torch.load(self.best_path, map_location="cpu", weights_only=True)["model"]
             save_weights(state, self.model_path)

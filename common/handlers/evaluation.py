@@ -34,7 +34,9 @@ from ..metrics import (
     segmentation_metrics,
     summarize_regression,
 )
+from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
+from .cases import array, case_file, cases_of, is_main, number
 
 __all__ = ["CaseJsonWriter", "EvaluationWriter"]
 
@@ -67,34 +69,6 @@ def _to_json(value: Any) -> str:
     return json.dumps(_json_ready(value), indent=2, allow_nan=False) + "\n"
 
 
-def _cases_of(engine: Engine) -> list[dict[str, Any]]:
-    """The cases of an iteration, batch and output together: MONAI leaves in the batch what the dataset loaded."""
-    output, batch = engine.state.output, engine.state.batch
-    outputs = [output] if isinstance(output, dict) else list(output)
-    if isinstance(batch, dict) and len(outputs) == 1:
-        batch = [batch]
-    if not isinstance(batch, (list, tuple)) or len(batch) != len(outputs):
-        return outputs
-    return [{**loaded, **found} for loaded, found in zip(batch, outputs, strict=True)]
-
-
-def _case_file(case: Mapping[str, Any]) -> str:
-    """Path of the case's image, as the loader noted it."""
-    for key in ("image", "segmentation", "reference"):
-        tensor = case.get(key)
-        if isinstance(tensor, MetaTensor) and tensor.meta.get("filename_or_obj"):
-            return str(tensor.meta["filename_or_obj"])
-    raise BadInput(
-        "a case does not know its file: none of `image`, `segmentation` and `reference` carries `filename_or_obj`. "
-        "Load the images with meta data (LoadImaged, image_only=True)."
-    )
-
-
-def _array(tensor: Any) -> np.ndarray:
-    """The first channel as NumPy array: (1, *spatial) to (*spatial)."""
-    return tensor[0].detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)[0]
-
-
 def _corners(tensor: MetaTensor) -> np.ndarray:
     size = [*tensor.shape[1:], *[1] * (4 - tensor.ndim)]
     corners = np.stack(np.meshgrid(*[(0, length - 1) for length in size], indexing="ij"), axis=-1).reshape(-1, 3)
@@ -121,13 +95,6 @@ def _check_grid(case: str, key: str, found: torch.Tensor, expected: torch.Tensor
         )
 
 
-def _number(value: Any) -> float:
-    """A case-level number from what a data loader makes of it; NaN where there is none."""
-    if value is None:
-        return float("nan")
-    return float(np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=float).reshape(-1)[0])
-
-
 def _mean_and_spread(values: Iterable[float]) -> dict[str, float | int]:
     known = [value for value in values if math.isfinite(value)]
     return {
@@ -146,11 +113,6 @@ def _gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({row["file"]: row for share in shares for row in share}.values())
 
 
-def _is_main() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
-
-
 class EvaluationWriter:
     """Compare each case with its reference; write ``metrics.csv`` and ``summary.json``.
 
@@ -161,9 +123,10 @@ class EvaluationWriter:
     - ``reference``: the label file as it is, (1, *spatial); needed where there is a segmentation;
     - ``<target>_pred`` and ``reference_<target>``: predicted map and file of a dense target. Its error is formed where
       the reference has a value (finite and not ``missing``) and, with a reference label map, inside the structure.
-      ``coverage`` is the fraction of those voxels for which the prediction has a value: the predicted segmentation
-      gives them to the structure, and the map is not ``missing``. The summary's ``covered`` has the figures of these
-      voxels alone, the only ones that a measurement in the predicted mask can have;
+      ``coverage`` is the fraction of those voxels that the predicted segmentation gives to the structure, and the
+      summary's ``covered`` has the figures of these alone. A measurement in the predicted mask has no value elsewhere,
+      and not always there: ``<target>_measured`` (1, *spatial) says where it has. Its other voxels get the mean of the
+      case's measured ones, so that all figures are of the same voxels whatever the method; 0 if there is none;
     - ``<target>_case`` and ``reference_<target>`` (or ``<target>``): the two numbers of a case-level target;
     - ``annotated``, optional: the label ids that the reference knows; others get no figures.
 
@@ -179,6 +142,9 @@ class EvaluationWriter:
         targets: the targets' descriptions.
         selected_on: name of the cases by which the weights were chosen, when these are the same cases; the summary then
             says that its figures are flattering.
+
+    Raises:
+        BadInput: while it runs: a case without a reference, one on another grid, or with ids that are no labels.
     """
 
     def __init__(
@@ -206,11 +172,11 @@ class EvaluationWriter:
 
     def add(self, engine: Engine) -> None:
         """Take the cases of one iteration."""
-        for case in _cases_of(engine):
+        for case in cases_of(engine):
             self.rows.append(self._evaluate(case))
 
     def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        file = _case_file(case)
+        file = case_file(case)
         row: dict[str, Any] = {"case": case_name(file), "file": file, "labels": {}, "targets": {}}
         segmentation, reference = case.get("segmentation"), case.get("reference")
         if segmentation is not None:
@@ -220,25 +186,35 @@ class EvaluationWriter:
                     "loaded a second time under that key."
                 )
             _check_grid(row["case"], "reference", reference, segmentation)
+            self._check_ids(row["case"], reference)
             known = self.labels
             if case.get("annotated") is not None:
                 annotated = {int(label) for label in np.asarray(case["annotated"], dtype=int).reshape(-1)}
                 known = {label: name for label, name in self.labels.items() if int(label) in annotated}
             row["labels"] = segmentation_metrics(
-                _array(segmentation), _array(reference), known, voxel_spacing(segmentation)
+                array(segmentation), array(reference), known, voxel_spacing(segmentation)
             )
         for target in self.targets:
-            evaluate = self._evaluate_dense if target["kind"] == "dense" else self._evaluate_number
+            evaluate = self._evaluate_dense if is_dense(target) else self._evaluate_number
             result = evaluate(row["case"], target, case)
             if result is not None:
                 row["targets"][target["name"]] = result
         return row
 
+    def _check_ids(self, case: str, reference: torch.Tensor) -> None:
+        found = np.unique(array(reference))
+        unknown = found[~np.isin(found, [int(label) for label in self.labels])]
+        if unknown.size:
+            raise BadInput(
+                f"case {case}: the reference has the label ids {', '.join(f'{value:g}' for value in unknown[:5])}, which are not in `labels` "
+                f"{self.labels}. Correct the file, or evaluate with the labels that the weights were trained for."
+            )
+
     @staticmethod
     def _evaluate_number(name: str, target: Mapping[str, Any], case: Mapping[str, Any]) -> dict[str, Any] | None:
         key = target["name"]
-        predicted = _number(case[f"{key}_case"])
-        referred = _number(case.get(f"reference_{key}", case.get(key)))
+        predicted = number(case[f"{key}_case"])
+        referred = number(case.get(f"reference_{key}", case.get(key)))
         if not math.isfinite(referred):
             return None
         return {"prediction": predicted, "reference": referred, "error": predicted - referred}
@@ -251,18 +227,23 @@ class EvaluationWriter:
             return None
         prediction_map = case[f"{key}_pred"]
         _check_grid(name, f"reference_{key}", reference_map, prediction_map)
-        values = _array(reference_map)
+        values, prediction = array(reference_map), array(prediction_map)
         mask = np.isfinite(values)
         missing = target.get("missing", 0)
         if missing is not None:
             mask &= values != missing
-        structure = target.get("structure")
-        if structure is not None and case.get("reference") is not None:
-            mask &= np.isin(_array(case["reference"]), structure)
-        result: dict[str, Any] = regression_metrics(_array(prediction_map), values, mask)
-        if structure is not None and case.get("segmentation") is not None and result["voxels"]:
-            prediction = _array(prediction_map)
-            covered = mask & np.isin(_array(case["segmentation"]), structure) & (prediction != missing)
+        structures = structure_ids(target)
+        if structures and case.get("reference") is not None:
+            mask &= np.isin(array(case["reference"]), structures)
+        covered = mask
+        if structures and case.get("segmentation") is not None:
+            covered = mask & np.isin(array(case["segmentation"]), structures)
+        if f"{key}_measured" in case:
+            covered = covered & array(case[f"{key}_measured"]).astype(bool)
+            if covered.any():
+                prediction = np.where(covered, prediction, prediction[covered].mean())
+        result: dict[str, Any] = regression_metrics(prediction, values, mask)
+        if covered is not mask and result["voxels"]:
             result["coverage"] = float(covered.sum() / mask.sum())
             result["covered"] = regression_metrics(prediction, values, covered)
         return result
@@ -293,7 +274,7 @@ class EvaluationWriter:
         targets: dict[str, Any] = {}
         for target in self.targets:
             results = [row["targets"][target["name"]] for row in rows if target["name"] in row["targets"]]
-            if target["kind"] == "dense":
+            if is_dense(target):
                 summary: dict[str, Any] = summarize_regression(results)
                 coverage = [result["coverage"] for result in results if "coverage" in result]
                 if coverage:
@@ -382,7 +363,7 @@ class EvaluationWriter:
         rows = sorted(_gather(self.rows), key=lambda row: row["case"])
         summary = self._summarize(rows)
         engine.state.metrics.update(self._metrics(summary))
-        if not _is_main():
+        if not is_main():
             return
         write_atomically(self.output_dir / "metrics.csv", self._csv(rows))
         write_atomically(self.output_dir / "summary.json", _to_json(summary))
@@ -406,5 +387,5 @@ class CaseJsonWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        for case in _cases_of(engine):
-            write_atomically(self.output_dir / f"{case_name(_case_file(case))}.json", _to_json(case[self.result_key]))
+        for case in cases_of(engine):
+            write_atomically(self.output_dir / f"{case_name(case_file(case))}.json", _to_json(case[self.result_key]))

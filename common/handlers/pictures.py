@@ -25,8 +25,10 @@ from monai.transforms import ResampleToMatch
 
 from ..data.datalist import case_name
 from ..errors import BadInput
+from ..files import write_atomically
+from ..targets import is_dense
 from ..transforms.output import voxel_spacing
-from .evaluation import _array, _case_file, _cases_of, _is_main, write_atomically
+from .cases import array, case_file, cases_of, is_main
 
 __all__ = ["StagePicture", "save_curves", "save_overview"]
 
@@ -241,7 +243,7 @@ class StagePicture:
         reference_key: str = "reference",
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.targets = [target for target in targets if target["kind"] == "dense"]
+        self.targets = [target for target in targets if is_dense(target)]
         self.cases = cases
         self.median = median
         self.image_key = image_key
@@ -261,15 +263,15 @@ class StagePicture:
 
     def add(self, engine: Engine) -> None:
         """Keep the slices of one iteration's cases."""
-        if not _is_main():
+        if not is_main():
             return
-        for case in _cases_of(engine):
+        for case in cases_of(engine):
             if self.median or len(self._kept) < self.cases:
                 self._kept.append(self._keep(case))
 
     def _keep(self, case: Mapping[str, Any]) -> dict[str, Any]:
         labels = {
-            key: _array(case[source]) if case.get(source) is not None else None
+            key: array(case[source]) if case.get(source) is not None else None
             for key, source in (("prediction", self.prediction_key), ("reference", self.reference_key))
         }
         grid = next(
@@ -277,7 +279,7 @@ class StagePicture:
             for key in (self.prediction_key, *[f"{target['name']}_pred" for target in self.targets], self.image_key)
             if case.get(key) is not None
         )
-        image = _array(self._image_on(grid, case[self.image_key]))
+        image = array(self._image_on(grid, case[self.image_key]))
         pictures: dict[str, dict[str, Any]] = {}
         for target in self.targets or [None]:
             name = target["name"] if target else None
@@ -286,7 +288,7 @@ class StagePicture:
                 "target_reference": case.get(f"reference_{name}") if target else None,
             }
             arrays = {"image": image, **labels}
-            arrays.update({key: None if tensor is None else _array(tensor) for key, tensor in maps.items()})
+            arrays.update({key: None if tensor is None else array(tensor) for key, tensor in maps.items()})
             planes, spacing = _in_plane(arrays, voxel_spacing(grid))
             # Copies, or each slice would keep its whole volume in memory.
             copies = {key: None if plane is None else plane.copy() for key, plane in planes.items()}
@@ -295,7 +297,7 @@ class StagePicture:
                 options = {"unit": target.get("unit", ""), "missing": target.get("missing", 0)}
                 options["structures"] = np.atleast_1d(target.get("structure", [])).tolist()
             pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
-        return {"case": case_name(_case_file(case)), "dice": self._mean_dice(**labels), "pictures": pictures}
+        return {"case": case_name(case_file(case)), "dice": self._mean_dice(**labels), "pictures": pictures}
 
     @staticmethod
     def _image_on(grid: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

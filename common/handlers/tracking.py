@@ -17,6 +17,7 @@ from monai.handlers import MLFlowHandler
 
 from .. import __version__
 from ..engines.configuration import running_config
+from ..engines.origin import read_record, trained_settings
 from ..files import write_atomically
 from ..networks import read_weights, state_digest
 
@@ -36,15 +37,9 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
 
     The record ``model.json`` beside the weights is believed only while its digest is that of the weights.
     """
-    record_path = Path(model_path).with_suffix(".json")
-    digest = weights_digest(model_path)
-    try:
-        record = json.loads(record_path.read_text())
-    except (OSError, ValueError):
-        record = {}
-    if not isinstance(record, dict) or record.get("weights") != digest:
-        record = {}
-    return {"weights": digest, **record}
+    record = read_record(model_path)
+    record.pop("config", None)
+    return {"weights": weights_digest(model_path), **record}
 
 
 class Tracking(MLFlowHandler):
@@ -137,7 +132,7 @@ class Tracking(MLFlowHandler):
         digest = weights_digest(self.model_path)
         self.client.set_tag(run_id, "weights", digest)
         record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.uri, "weights": digest}
-        text = json.dumps({**record, "parents": self.parents}, indent=2)
+        text = json.dumps({**record, "config": trained_settings(self.config), "parents": self.parents}, indent=2)
         write_atomically(self.model_path.with_suffix(".json"), text)
         for path in sorted(self.output_dir.glob("*.png")):
             self.client.log_artifact(run_id, str(path), "pictures")

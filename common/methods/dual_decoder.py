@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import BadInput
 from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, UncertaintyWeighting, target_mask
 from ..networks import reduce_to_case
+from ..targets import is_dense, structure_ids
 from .base import Method
 
 __all__ = ["DualDecoder"]
@@ -44,7 +45,8 @@ class DualDecoder(Method):
         alignment_weight: weight of that comparison.
 
     Raises:
-        BadInput: when no target is given, or ``reference`` without ``alignment``.
+        BadInput: when no target is given, ``reference`` without ``alignment``, or a heteroscedastic loss with a target
+            of one number a case.
     """
 
     frozen = ("reference",)
@@ -67,10 +69,16 @@ class DualDecoder(Method):
         super().__init__()
         if not targets:
             raise BadInput("targets: the list is empty; the dual decoder needs at least one quantity to regress.")
+        numbers = [target["name"] for target in targets if not is_dense(target)]
+        if numbers and regression_loss is not None and regression_loss.kind == "heteroscedastic":
+            raise BadInput(
+                f"targets: {numbers} are numbers a case, and the variance of a sum or mean over voxels is not in the "
+                "network's map of variances. Use another kind of regression_loss than 'heteroscedastic' with them."
+            )
         if reference is not None and alignment is None:
             raise BadInput("reference is given, so alignment must say how features are compared with it.")
         self.network = network
-        self.targets = [dict(target) for target in targets]
+        self.targets = list(targets)
         self.num_classes = num_classes
         self.patch_size = tuple(patch_size)
         self.regression_loss = regression_loss or MaskedRegression()
@@ -89,7 +97,7 @@ class DualDecoder(Method):
         terms: dict[str, Tensor] = {}
         regressions = []
         for index, target in enumerate(self.targets):
-            if target.get("kind", "dense") == "dense":
+            if is_dense(target):
                 loss = self._dense(index, target, regression, labeled)
             else:
                 loss = self._case(index, target, batch)
@@ -134,10 +142,9 @@ class DualDecoder(Method):
             return checkpoint(self.network, window, use_reentrant=False)
 
         output = sliding_window_inference(case["image"], self.patch_size, 1, predict, overlap=0.0)
-        structure, ids = None, target.get("structure")
-        if target["kind"] == "mean" and ids is not None and self.num_classes:
-            probabilities = output[:, : self.num_classes].detach().softmax(1)
-            structure = probabilities[:, [ids] if isinstance(ids, int) else list(ids)].sum(1, keepdim=True)
+        structure, ids = None, structure_ids(target)
+        if target["kind"] == "mean" and ids and self.num_classes:
+            structure = output[:, : self.num_classes].detach().softmax(1)[:, ids].sum(1, keepdim=True)
         channel = self.num_classes + index
         prediction = reduce_to_case(output[:, channel : channel + 1], target["kind"], structure)
         scale = float(target.get("scale", 1.0))

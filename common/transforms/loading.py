@@ -14,6 +14,7 @@ from monai.transforms import LoadImage, MapTransform
 
 from ..data.datalist import Grid, case_name, describe_error, dicom_files, grid_difference, is_nifti, read_grid
 from ..errors import BadInput
+from ..targets import is_dense
 
 __all__ = ["LoadCased"]
 
@@ -144,7 +145,7 @@ class LoadCased(MapTransform):
 
     def _target(self, target: Mapping[str, Any], case: Mapping[Hashable, Any], grid: Grid, image_path: Any) -> Any:
         name, value = target["name"], case.get(target["name"])
-        if target.get("kind", "dense") != "dense":
+        if not is_dense(target):
             try:
                 return torch.tensor(float("nan") if value is None else float(value), dtype=torch.float32)
             except (TypeError, ValueError) as error:

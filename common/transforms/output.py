@@ -5,7 +5,9 @@ The usual order, with MONAI's own transforms in between::
 
     SplitOutputd(key="pred", num_classes=3, targets=targets)
     Activationsd(keys="segmentation", softmax=True)
+    WeightMapsd(targets=targets)
     Invertd(keys=["segmentation", "thickness_pred"], transform=preprocessing, orig_keys="image", nearest_interp=False)
+    WeightMapsd(targets=targets, divide=True)
     AsDiscreted(keys="segmentation", argmax=True, dtype=torch.uint8)
     MaskTargetd(targets=targets)
     CaseSummaryd(labels=labels, targets=targets)
@@ -26,17 +28,11 @@ from monai.transforms import MapTransform
 
 from ..errors import BadInput
 from ..networks.reductions import reduce_to_case
+from ..targets import is_dense, structure_ids
 
-__all__ = ["CaseSummaryd", "GeometricThicknessd", "MaskTargetd", "SplitOutputd", "voxel_spacing"]
+__all__ = ["CaseSummaryd", "GeometricThicknessd", "MaskTargetd", "SplitOutputd", "WeightMapsd", "voxel_spacing"]
 
 Target = Mapping[str, Any]
-
-
-def _structure_ids(target: Target) -> list[int]:
-    structure = target.get("structure")
-    if structure is None:
-        return []
-    return [int(label) for label in structure] if isinstance(structure, (list, tuple)) else [int(structure)]
 
 
 def _inside(segmentation: torch.Tensor, structures: Sequence[int]) -> torch.Tensor:
@@ -98,7 +94,7 @@ class SplitOutputd(MapTransform):
         return MetaTensor(part, meta=dict(source.meta), applied_operations=list(source.applied_operations))
 
     def _reduce(self, target: Target, channel: torch.Tensor, logits: torch.Tensor) -> float:
-        structures = _structure_ids(target)
+        structures = structure_ids(target)
         probabilities = None
         if target["kind"] == "mean" and structures and self.num_classes:
             probabilities = torch.softmax(logits.double(), dim=0)[structures].sum(dim=0)[None, None]
@@ -126,8 +122,43 @@ class SplitOutputd(MapTransform):
             if with_variance:
                 log_variance = channels[self.num_classes + count + index][None]
                 d[f"{name}_std"] = self._with_meta(torch.exp(log_variance / 2), source)
-            if target["kind"] != "dense":
+            if not is_dense(target):
                 d[f"{name}_case"] = self._reduce(target, channel, logits)
+        return d
+
+
+class WeightMapsd(MapTransform):
+    """Weigh dense targets' maps by the probability of their structure, and take the weights out again.
+
+    Outside its structure a map means nothing, and what it says there must not leak into a thin wall when the map is
+    resampled. Used before the resampling, and with ``divide`` after it, each voxel becomes the mean of its neighbours
+    weighted by how likely they belong to the structure; without resampling nothing changes. The weights have a small
+    floor, so that far from the structure the map is resampled as it is.
+
+    Args:
+        targets: the targets' descriptions; only maps with a structure are weighed.
+        divide: take the weights out instead.
+        segmentation_key: class probabilities (num_classes, *spatial); without them nothing is weighed.
+    """
+
+    FLOOR = 1e-3
+
+    def __init__(self, targets: Sequence[Target], divide: bool = False, segmentation_key: str = "segmentation") -> None:
+        super().__init__(segmentation_key, allow_missing_keys=True)
+        self.targets = [target for target in targets if is_dense(target) and structure_ids(target)]
+        self.divide = divide
+        self.segmentation_key = segmentation_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if self.segmentation_key not in d:
+            return d
+        for target in self.targets:
+            probabilities = _plain(d[self.segmentation_key])[structure_ids(target)]
+            weight = probabilities.float().sum(dim=0, keepdim=True) + self.FLOOR
+            for key in (f"{target['name']}_pred", f"{target['name']}_std"):
+                if key in d:
+                    d[key] = d[key] / weight if self.divide else d[key] * weight
         return d
 
 
@@ -149,7 +180,7 @@ class MaskTargetd(MapTransform):
         mask: bool = True,
     ) -> None:
         super().__init__(segmentation_key, allow_missing_keys=True)
-        self.targets = [target for target in targets if target["kind"] == "dense"]
+        self.targets = [target for target in targets if is_dense(target)]
         self.segmentation_key = segmentation_key
         self.mask = mask
 
@@ -159,7 +190,7 @@ class MaskTargetd(MapTransform):
             key, deviation_key = f"{target['name']}_pred", f"{target['name']}_std"
             if target.get("minimum", 0) is not None:
                 d[key] = d[key].clamp_min(float(target.get("minimum", 0)))
-            structures = _structure_ids(target)
+            structures = structure_ids(target)
             if self.mask and structures and self.segmentation_key in d:
                 inside = _inside(_plain(d[self.segmentation_key]), structures)
                 for masked in (key, deviation_key):
@@ -235,13 +266,13 @@ class CaseSummaryd(MapTransform):
             }
         for target in self.targets:
             name, unit = target["name"], target.get("unit", "")
-            if target["kind"] != "dense":
+            if not is_dense(target):
                 result[name] = {"value": float(d[f"{name}_case"]), "unit": unit}
                 continue
             structures: dict[str, Any] = {}
             if segmentation is not None:
                 values, deviations = _plain(d[f"{name}_pred"]), d.get(f"{name}_std")
-                for label in _structure_ids(target) or list(self.names):
+                for label in structure_ids(target) or list(self.names):
                     inside = segmentation == label
                     structures[self.names.get(label, str(label))] = self._statistics(
                         values[inside], None if deviations is None else _plain(deviations)[inside]
@@ -254,7 +285,8 @@ class CaseSummaryd(MapTransform):
 class GeometricThicknessd(MapTransform):
     """Replace a target's map by the thickness measured geometrically from the predicted segmentation.
 
-    This is what a user without a regression network would do, and the comparison a regression has to win.
+    This is what a user without a regression network would do, and the comparison a regression has to win. Where the
+    wall does not close there is no measurement: ``<target>_measured`` (1, *spatial) says where there is.
 
     Args:
         target: name of the thickness target; the map goes to ``<target>_pred``.
@@ -297,5 +329,5 @@ class GeometricThicknessd(MapTransform):
         ]
         if isinstance(segmentation, MetaTensor):
             measured = MetaTensor(measured, meta=dict(segmentation.meta))
-        d[f"{self.target}_pred"] = measured
+        d[f"{self.target}_pred"], d[f"{self.target}_measured"] = measured, measured > 0
         return d

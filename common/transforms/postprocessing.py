@@ -18,15 +18,12 @@ from monai.transforms import (
 )
 
 from ..data.datalist import case_name
-from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
+from ..targets import dense_names
+from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
 
 __all__ = ["load_references", "monitor_postprocessing", "postprocessing"]
 
 Target = Mapping[str, Any]
-
-
-def _dense(targets: Sequence[Target]) -> list[str]:
-    return [target["name"] for target in targets if target.get("kind", "dense") == "dense"]
 
 
 def _output_name(meta: Mapping[str, Any] | None, saver: Callable) -> dict[str, Any]:
@@ -45,7 +42,7 @@ def monitor_postprocessing(num_classes: int, targets: Sequence[Target] = ()) -> 
 
 def load_references(targets: Sequence[Target] = ()) -> Compose:
     """Load the files to compare with as they are, under ``reference`` and ``reference_<target>``."""
-    names = {"label": "reference", **{name: f"reference_{name}" for name in _dense(targets)}}
+    names = {"label": "reference", **{name: f"reference_{name}" for name in dense_names(targets)}}
     return Compose(
         [
             CopyItemsd(list(names), names=list(names.values()), allow_missing_keys=True),
@@ -80,14 +77,14 @@ def postprocessing(
             being connected, and give the others to the background. Only where each structure is known to be one piece.
     """
     channels = [target for target in targets if geometric is None or target["name"] != geometric["target"]]
-    maps = [f"{name}_pred" for name in _dense(channels)]
+    maps = [f"{name}_pred" for name in dense_names(channels)]
     continuous = (["segmentation"] if segments else []) + maps
     steps: list[Callable] = [SplitOutputd("pred", len(labels) if segments else 0, channels)]
     if segments:
-        steps.append(Activationsd("segmentation", softmax=True))
+        steps += [Activationsd("segmentation", softmax=True), WeightMapsd(channels)]
     steps.append(
         Invertd(
-            [*continuous, *(f"{name}_std" for name in _dense(channels))],
+            [*continuous, *(f"{name}_std" for name in dense_names(channels))],
             transform=preprocessing,
             orig_keys="image",
             nearest_interp=False,
@@ -96,6 +93,7 @@ def postprocessing(
         )
     )
     if segments:
+        steps.append(WeightMapsd(channels, divide=True))
         steps.append(AsDiscreted("segmentation", argmax=True, dtype=torch.uint8))
         if largest_component:
             steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
@@ -104,7 +102,7 @@ def postprocessing(
     steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]
     if output_dir is not None:
         saved = {"segmentation": "seg"} if segments else {}
-        saved.update({f"{name}_pred": name for name in _dense(targets)})
+        saved.update({f"{name}_pred": name for name in dense_names(targets)})
         steps += [
             SaveImaged(
                 key,

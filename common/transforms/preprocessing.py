@@ -17,6 +17,7 @@ from monai.transforms import (
 from monai.transforms import Spacingd as MonaiSpacingd
 
 from ..errors import BadInput
+from ..targets import dense_names
 from .loading import LoadCased
 
 __all__ = ["Spacingd", "chain", "preprocessing"]
@@ -81,7 +82,7 @@ def preprocessing(
     Raises:
         BadInput: ``intensity`` or ``spacing`` makes no sense.
     """
-    case_level = {target["name"] for target in targets if target.get("kind", "dense") != "dense"}
+    case_level = {target["name"] for target in targets} - set(dense_names(targets))
     maps = [key for key in keys if key not in case_level]
     small = labels is None or max((int(key) for key in labels), default=0) <= np.iinfo(np.uint8).max
     types = [(torch.uint8 if small else torch.int16) if key == "label" else torch.float32 for key in maps]

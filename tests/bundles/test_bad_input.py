@@ -142,6 +142,43 @@ def test_a_stage_before_that_was_not_trained(
     assert not (tmp_path / "models" / "model.pt").exists()
 
 
+@pytest.mark.parametrize("names", [("train.json", "evaluate.json"), ("inference.json",)], ids=["evaluate", "predict"])
+def test_weights_trained_with_other_settings(
+    names: tuple[str, ...], chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    use = (
+        {"input": str(first(chain.data, "image"))} if names == ("inference.json",) else {"dataset_dir": str(chain.data)}
+    )
+    target = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 1.0}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow(
+            "dual_decoder",
+            names=names,
+            ckpt_dir=str(chain.model("dual_decoder").parent),
+            output_dir=str(tmp_path / "out"),
+            spacing=[1.0, 1.0, 2.0],
+            targets=[target],
+            **use,
+        )
+    message = find_bad_input(caught.value)
+    for words in ("model.pt", "spacing: trained with [1.0, 1.0, 1.0], found [1.0, 1.0, 2.0]", "'scale': 2.0"):
+        assert words in message
+
+
+def test_a_reference_with_unknown_labels_is_not_evaluated(
+    data: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    label = data / json.loads((data / "datalist.json").read_text())["validation"][0]["label"]
+    rewrite(label, lambda array: np.where(array == 2, 7, array).astype(np.uint8))
+    weights = {"ckpt_dir": str(chain.model("teacher").parent), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow("teacher", names=("train.json", "evaluate.json"), dataset_dir=str(data), **weights)
+    message = find_bad_input(caught.value)
+    assert "the label ids 7," in message
+    assert "phantom_validation_000" in message
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

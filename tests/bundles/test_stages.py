@@ -49,6 +49,26 @@ def test_lineage_leads_back_to_the_teacher(chain: Chain) -> None:
         metrics = client.get_run(record["run_id"]).data.metrics
         assert "train/loss" in metrics
         assert "val_mean_dice" in metrics
+        assert ("val_error" in metrics) == (bundle == "dual_decoder")
+
+
+def test_the_best_dual_decoder_is_that_of_the_smallest_error(
+    chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    places = {"output_dir": str(tmp_path / "train"), "ckpt_dir": str(tmp_path / "models")}
+    # The second epoch's steps are so large that the first must be the better one.
+    second = {
+        "train#lr_scheduler": "$torch.optim.lr_scheduler.LambdaLR(@train#optimizer, lambda step: 100.0 ** (step // 2))"
+    }
+    (tmp_path / "worse.json").write_text(json.dumps(second))
+    workflow(
+        "dual_decoder", str(tmp_path / "worse.json"), **{**chain.settings("dual_decoder"), **places, "select": "best"}
+    )
+    best = torch.load(tmp_path / "train" / "best.pt", weights_only=True)["model"]
+    deployed = torch.load(tmp_path / "models" / "model.pt", weights_only=True)["model"]
+    last = torch.load(tmp_path / "train" / "checkpoint.pt", weights_only=True)["state"]["method"]
+    assert all(torch.equal(deployed[name], value) for name, value in best.items())
+    assert not all(torch.equal(last[f"network.{name}"], value) for name, value in best.items() if "regression" in name)
 
 
 @pytest.fixture(scope="module")

@@ -217,6 +217,30 @@ def test_resume_goes_on_where_the_run_stopped(tmp_path):
     assert deployed(tmp_path) == 6.0
 
 
+def test_a_run_cannot_be_resumed_for_longer_than_it_was_begun_for(tmp_path):
+    train(tmp_path, epochs=2)
+    with pytest.raises(BadInput, match=r"begun for 2 epochs.*found max_epochs 4.*--train#trainer#max_epochs 2"):
+        train(tmp_path, epochs=4, resume=True)
+    assert deployed(tmp_path) == 2.0
+
+
+def test_a_run_in_bf16_is_resumed_where_losses_are_scaled_and_the_other_way_round(tmp_path):
+    """A scaler's state is empty where nothing was scaled, which torch refuses to load."""
+    train(tmp_path)
+    path = tmp_path / "output" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["scaler"] == {}
+    torch.save({**saved, "scaler": torch.amp.GradScaler("cpu").state_dict()}, path)
+    train(tmp_path, resume=True)
+
+
+def test_select_best_without_anything_to_select_by(tmp_path):
+    validation = Validation(*[0.5] * 4)
+    validation.evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: engine.state.metrics.clear())
+    with pytest.raises(BadInput, match="gave no val_mean_dice to select by"):
+        train(tmp_path, validation=validation, select="best")
+
+
 def test_resume_without_a_checkpoint_starts_anew_and_without_resume_nothing_is_read(tmp_path):
     train(tmp_path, resume=True)
     assert deployed(tmp_path) == 4.0

@@ -125,6 +125,43 @@ def test_summary_has_mean_spread_and_count_and_pooled_regression(tmp_path: Path)
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_a_measurement_with_gaps_is_judged_on_all_voxels(tmp_path: Path) -> None:
+    """A quarter of the wall has no measurement and gets the mean of the others; a case without any gets 0."""
+    case, empty = make_case("a", thickness=2.5), make_case("b", thickness=0.0)
+    measured = torch.zeros(6, 10, 6)
+    measured[1:3, 1:4, 1:5] = 1
+    case["thickness_pred"][0][measured == 0] = 0.0
+    case["thickness_measured"], empty["thickness_measured"] = tensor(measured, "a"), tensor(torch.zeros(6, 10, 6), "b")
+    run(EvaluationWriter(tmp_path, LABELS, [THICKNESS]), [case, empty])
+    truth = torch.linspace(1, 3, 32).reshape(2, 4, 4)
+    first, second = read_csv(tmp_path / "metrics.csv")
+    assert float(first["thickness/mae"]) == pytest.approx(float((truth - 2.5).abs().mean()), rel=1e-5)
+    assert float(first["thickness/coverage"]) == 0.75
+    assert float(second["thickness/mae"]) == pytest.approx(2.0, rel=1e-5)
+    assert float(second["thickness/coverage"]) == 0
+    thickness = json.loads((tmp_path / "summary.json").read_text())["targets"]["thickness"]
+    covered = (truth[:, :3] - 2.5).abs().mean()
+    assert thickness["covered"]["voxels"] == {**thickness["covered"]["voxels"], "n": 24, "mae": pytest.approx(covered)}
+
+
+def test_a_predicted_zero_is_a_value(tmp_path: Path) -> None:
+    run(EvaluationWriter(tmp_path, LABELS, [THICKNESS]), [make_case("a", thickness=0.0)])
+    assert float(read_csv(tmp_path / "metrics.csv")[0]["thickness/coverage"]) == 1
+
+
+def test_label_ids_that_nobody_knows(tmp_path: Path) -> None:
+    case = make_case("a")
+    case["reference"][0, 0, 0, 0] = 7
+    with pytest.raises(BadInput, match=r"case a: the reference has the label ids 7,"):
+        run(EvaluationWriter(tmp_path, LABELS), [case])
+
+
+def test_a_target_is_a_map_unless_it_says_otherwise(tmp_path: Path) -> None:
+    plain = {key: value for key, value in THICKNESS.items() if key != "kind"}
+    run(EvaluationWriter(tmp_path, LABELS, [plain]), [make_case("a")])
+    assert float(read_csv(tmp_path / "metrics.csv")[0]["thickness/voxels"]) == 32
+
+
 def test_metrics_are_there_for_handlers_attached_later(tmp_path: Path) -> None:
     engine = Engine(lambda _, batch: [batch])
     EvaluationWriter(tmp_path, LABELS).attach(engine)

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor
+from monai.engines import SupervisedEvaluator
 
 from common.handlers import TargetError
+from common.transforms import monitor_postprocessing
 
 THICKNESS = {"name": "thickness", "kind": "dense", "structure": 2, "missing": 0, "scale": 2.0}
 DENSITY = {"name": "density", "missing": -1}
@@ -36,11 +38,32 @@ def test_mean_over_voxels_of_all_cases_by_hand():
     assert measure([THICKNESS], [first, second]) == pytest.approx(1.0)
 
 
-def test_several_targets_and_kinds_without_a_map():
+def test_all_targets_weigh_the_same_whatever_their_voxels():
     wall = case(row(5.0, 5.0), row(3.0, 3.0), 2, 2)  # 1 and 1 in units of the scale
     both = {**wall, "density_pred": row(4.0, 0.0), "density": row(0.0, -1.0)}  # 4
-    volume = {"name": "volume", "kind": "sum"}
-    assert measure([THICKNESS, DENSITY, volume], [both]) == pytest.approx((1 + 1 + 4) / 3)
+    assert measure([THICKNESS, DENSITY], [both]) == pytest.approx((1 + 4) / 2)
+    volume = {"name": "volume", "kind": "sum", "scale": 10.0}
+    numbers = {**both, "volume_case": 25.0, "volume": torch.tensor([5.0])}
+    assert measure([THICKNESS, DENSITY, volume], [numbers]) == pytest.approx((1 + 4 + 2) / 3)
+    unknown = {**both, "volume_case": 25.0, "volume": torch.tensor([math.nan])}
+    assert measure([THICKNESS, DENSITY, volume], [unknown]) == pytest.approx((1 + 4) / 2)
+
+
+def test_monais_evaluator_whose_output_lacks_the_targets():
+    """MONAI hands on image, label and prediction alone; what else was loaded stays in the batch."""
+    cases = [
+        {"image": torch.full((1, 2, 2), value), "label": torch.ones(1, 2, 2), "density": torch.zeros(1, 2, 2)}
+        for value in (1.0, 3.0)
+    ]
+    evaluator = SupervisedEvaluator(
+        torch.device("cpu"),
+        DataLoader(cases, batch_size=1),
+        torch.nn.Identity(),
+        postprocessing=monitor_postprocessing(0, [DENSITY]),
+        key_val_metric={"val_error": TargetError([DENSITY])},
+    )
+    evaluator.run()
+    assert evaluator.state.metrics["val_error"] == pytest.approx(2.0)
 
 
 def test_a_case_without_the_target_is_left_out():

@@ -169,6 +169,7 @@ def test_weights_digest_and_record(chain):
         "run_id": run.info.run_id,
         "tracking_uri": f"sqlite:///{chain['root'] / 'teacher' / 'output' / 'mlruns.db'}",
         "weights": digest,
+        "config": {"patch_size": [32, 32, 32], "network_def": {"features": [4, 8]}},
         "parents": {},
     }
 

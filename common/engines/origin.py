@@ -1,0 +1,130 @@
+"""What weights were trained for, and whether that is what they are used for.
+
+A network's weights say little about themselves: with another voxel size, another order of the classes or another scale
+of a target they load and predict nonsense. So the settings they were trained with lie beside them, in ``model.json``,
+and whoever loads the weights compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import BadInput
+from ..networks import hand_over, load_frozen, read_weights, state_digest
+from .configuration import running_config
+
+__all__ = ["load_teacher", "load_weights", "read_record", "selected_on", "start_from", "trained_settings"]
+
+# What an image must be for the weights to mean anything, and what their output means.
+DATA = ("labels", "channels", "spacing", "intensity", "spatial_dims")
+# What a network has for its training alone.
+TRAINING_ONLY = ("dropout", "deep_supervision")
+# A target's other keys say how its maps were made or are compared.
+TARGET = ("name", "unit", "kind", "structure", "scale", "head_scale")
+
+
+def read_record(model_path: str | Path) -> dict[str, Any]:
+    """The record ``model.json`` beside some weights; empty when there is none, or when it is about other weights.
+
+    Raises:
+        BadInput: the weights can't be read.
+    """
+    digest = state_digest(read_weights(model_path))
+    try:
+        record = json.loads(Path(model_path).with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("weights") == digest else {}
+
+
+def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a merged config that its weights depend on, to be kept with them.
+
+    Args:
+        config: what :func:`running_config` returns.
+    """
+    settings = {key: config[key] for key in (*DATA, "patch_size", "targets", "select") if key in config}
+    network = config.get("network_def")
+    if isinstance(network, Mapping):
+        settings["network_def"] = {key: _resolved(value, config) for key, value in network.items()}
+    return settings
+
+
+def _resolved(value: Any, config: Mapping[str, Any]) -> Any:
+    return config.get(value[1:], value) if isinstance(value, str) and value.startswith("@") else value
+
+
+def _targets(targets: Any) -> Any:
+    if not isinstance(targets, Sequence) or isinstance(targets, str):
+        return targets
+    return [{"kind": "dense", **{key: t[key] for key in TARGET if key in t}} for t in targets]
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) -> list[str]:
+    pairs = {key: (before.get(key), now.get(key)) for key in DATA}
+    if own:
+        pairs["targets"] = _targets(before.get("targets")), _targets(now.get("targets"))
+        networks = before.get("network_def", {}), now.get("network_def", {})
+        for name in set(networks[0]) & set(networks[1]) - {*DATA, *TRAINING_ONLY, "targets"}:
+            pairs[f"network_def#{name}"] = networks[0][name], networks[1][name]
+        if "network_def#_target_" in pairs:  # a packed bundle carries the package below `scripts`
+            pairs["network_def#_target_"] = tuple(n["_target_"].removeprefix("scripts.") for n in networks)
+    return [
+        f"{name}: trained with {then}, found {found}"
+        for name, (then, found) in pairs.items()
+        if then is not None and found is not None and then != found
+    ]
+
+
+def _check_origin(model_path: str | Path, source: str, own: bool = False) -> None:
+    """Compare with what the weights were trained for; when this bundle trained them, network and targets as well."""
+    found = _differences(read_record(model_path).get("config", {}), trained_settings(running_config()), own)
+    if found:
+        raise BadInput(
+            f"{source} {model_path}: they were trained with other settings than those they are to be used with:\n  "
+            + "\n  ".join(found)
+            + "\nUse the plan and the overlays of that training, or train that stage again with these."
+        )
+
+
+def load_weights(network: nn.Module, model_path: str | Path) -> None:
+    """Load what this bundle has trained, for evaluation and inference.
+
+    Weights without a record, as those from elsewhere, are taken as they are.
+
+    Raises:
+        BadInput: they don't fit the network, or were trained with other settings than the running config's.
+    """
+    _check_origin(model_path, "trained weights", own=True)
+    hand_over(network, model_path, source="trained weights")
+
+
+def start_from(network: nn.Module, model_path: str | Path, source: str, parts: Sequence[str] | None = None) -> None:
+    """Load an earlier stage's weights to train on from, or those of its ``parts``; see :func:`hand_over`.
+
+    Raises:
+        BadInput: they don't fit the network, or were trained for other classes, channels, voxels or intensities.
+    """
+    _check_origin(model_path, source)
+    hand_over(network, model_path, parts, source)
+
+
+def load_teacher(network: nn.Module, model_path: str | Path, source: str = "teacher weights") -> nn.Module:
+    """An earlier stage's network that only answers: no gradients, evaluation mode.
+
+    Raises:
+        BadInput: as :func:`start_from`.
+    """
+    _check_origin(model_path, source)
+    return load_frozen(network, model_path, source)
+
+
+def selected_on(model_path: str | Path, section: str) -> str | None:
+    """The name of the cases that chose the weights, when they are those of ``section``; else None."""
+    chosen = section == "validation" and read_record(model_path).get("config", {}).get("select") == "best"
+    return "the validation section" if chosen else None

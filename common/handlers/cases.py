@@ -1,0 +1,56 @@
+"""What the handlers of an evaluation share: the cases of an iteration, and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+
+from ..errors import BadInput
+
+__all__ = ["array", "case_file", "cases_of", "is_main", "number"]
+
+
+def cases_of(engine: Engine) -> list[dict[str, Any]]:
+    """The cases of an iteration, batch and output together: MONAI leaves in the batch what the dataset loaded."""
+    output, batch = engine.state.output, engine.state.batch
+    outputs = [output] if isinstance(output, dict) else list(output)
+    if isinstance(batch, dict) and len(outputs) == 1:
+        batch = [batch]
+    if not isinstance(batch, (list, tuple)) or len(batch) != len(outputs):
+        return outputs
+    return [{**loaded, **found} for loaded, found in zip(batch, outputs, strict=True)]
+
+
+def case_file(case: Mapping[str, Any]) -> str:
+    """Path of the case's image, as the loader noted it."""
+    for key in ("image", "segmentation", "reference"):
+        tensor = case.get(key)
+        if isinstance(tensor, MetaTensor) and tensor.meta.get("filename_or_obj"):
+            return str(tensor.meta["filename_or_obj"])
+    raise BadInput(
+        "a case does not know its file: none of `image`, `segmentation` and `reference` carries `filename_or_obj`. "
+        "Load the images with meta data (LoadImaged, image_only=True)."
+    )
+
+
+def number(value: Any) -> float:
+    """A case-level number from what a data loader makes of it; NaN where there is none."""
+    if value is None:
+        return float("nan")
+    return float(np.asarray(value.cpu() if isinstance(value, torch.Tensor) else value, dtype=float).reshape(-1)[0])
+
+
+def array(tensor: Any) -> np.ndarray:
+    """The first channel as NumPy array: (1, *spatial) to (*spatial)."""
+    return tensor[0].detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)[0]
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files."""
+    return idist.get_rank() == 0

@@ -89,11 +89,19 @@ class DualDecoder(Method):
         self.reference = reference
         self.alignment = alignment
         self.alignment_weight = alignment_weight
+        # Numbers a case are learnt from whole volumes alone.
+        self._reads_crops = (
+            any(is_dense(target) for target in targets)
+            or learn_weights
+            or segmentation_weight > 0
+            or reference is not None
+        )
         self.freeze()
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         labeled = batch["labeled"]
-        features, logits, regression = self.network.forward_all(labeled["image"])
+        if self._reads_crops:
+            features, logits, regression = self.network.forward_all(labeled["image"])
         terms: dict[str, Tensor] = {}
         regressions = []
         for index, target in enumerate(self.targets):
@@ -108,7 +116,9 @@ class DualDecoder(Method):
         if self.weighting is not None or self.segmentation_weight > 0:
             terms["segmentation"] = self.supervise(logits, labeled)
             if self.weighting is not None:
-                loss = self.weighting({name: terms[name] for name in ("segmentation", "regression")})
+                # Without a value in the batch the regression says nothing, and must not move its weight.
+                losses = {name: terms[name] for name in ("segmentation", "regression")}
+                loss = self.weighting({name: value for name, value in losses.items() if float(value.detach()) > 0})
             else:
                 loss = loss + self.segmentation_weight * terms["segmentation"]
         if self.reference is not None and self.alignment is not None:

@@ -218,6 +218,21 @@ def test_learnt_weights_by_hand():
     assert any(parameter is method.weighting.log_variances for parameter in method.trainable_parameters())
 
 
+def test_a_batch_without_values_leaves_the_regressions_learnt_weight_alone():
+    method = DualDecoder(dual(), [THICKNESS], 3, (16, 16), learn_weights=True)
+    batch = real_batch()
+    batch["labeled"]["thickness"] = torch.zeros_like(batch["labeled"]["thickness"])
+    method(batch)["loss"].backward()
+    segmentation, regression = method.weighting.log_variances.grad.tolist()
+    assert segmentation != 0
+    assert regression == 0
+
+
+def test_heteroscedastic_loss_and_a_number_a_case_are_refused_together():
+    with pytest.raises(BadInput, match=r"\['volume'\] are numbers a case"):
+        DualDecoder(dual(), [THICKNESS, VOLUME], 3, (16, 16), MaskedRegression("heteroscedastic"))
+
+
 def test_alignment_keeps_a_moving_encoder_near_the_reference():
     network = dual()
     reference = SegmentationNetwork(2, 1, 3, **LAYERS)

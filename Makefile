@@ -9,6 +9,12 @@ BIN    := $(VENV)/bin
 DATA   ?=
 OUTPUT ?= output/demo
 
+# What programs keep between runs stays in the checkout, too: of pip, PyTorch, Matplotlib and CUDA. MLflow reports nothing.
+export XDG_CACHE_HOME := $(abspath $(VENV))/cache
+export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
+export CUDA_CACHE_PATH := $(XDG_CACHE_HOME)/nv
+export MLFLOW_DISABLE_TELEMETRY ?= true
+
 .PHONY: setup demo test lint
 
 setup: $(VENV)/.ready
@@ -21,7 +27,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python -m common demo --output $(OUTPUT) $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m common demo --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .data.datalist import read_datalist
 from .data.phantom import generate_phantoms
 from .errors import BadInput
+from .plan import IMAGE_SUFFIXES, NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
 from .tables import dense_targets, machine, markdown, regression_table, segmentation_table
 
 __all__ = ["add_arguments", "main"]
 
-_PLAN = {"width": 16, "max_width": 128, "memory": "2GB"}
+_PLAN = {"datalist": "datalist.json", "width": 16, "max_width": 128, "memory": "2GB"}
 _SHOWN = ("teacher", "student", "dual_decoder")
 
 
@@ -30,23 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="for instance cpu or cuda:0; by default a GPU when there is one")
 
 
-def _fit(description: dict[str, Any], datalist: dict[str, Any]) -> dict[str, Any]:
-    """The study with the runs that the data allow: unlabelled images for the student, targets for the dual decoder."""
-    runs = dict(description["runs"])
-    has_targets = bool(datalist.get("targets")) or any(
-        isinstance(value, str) and key not in ("image", "label", "patient", "group", "domain")
+def _has_targets(datalist: dict[str, Any]) -> bool:
+    """Whether there is something to regress: targets that the datalist describes, or maps that its entries name."""
+    if "targets" in datalist:
+        return bool(datalist["targets"])
+    return any(
+        isinstance(value, str)
+        and key not in NOT_TARGETS
+        and value.lower().endswith(IMAGE_SUFFIXES)
+        and (Path(datalist["folder"]) / value).is_file()
         for entry in datalist.get("training", [])
         for key, value in entry.items()
     )
+
+
+def _fit(description: dict[str, Any], datalist: dict[str, Any]) -> dict[str, Any]:
+    """The study with the runs that the data allow: unlabelled images for the student, targets for the dual decoder."""
+    runs = dict(description["runs"])
     if not datalist.get("unlabeled"):
         runs = {name: run for name, run in runs.items() if run["bundle"] != "student" and name != "no_student"}
         for name, run in runs.items():
             if run.get("student") == "student":
                 runs[name] = {**run, "student": "teacher"}
-    if not any("inner" in target for target in datalist.get("targets", [])):
+    if not any(target.get("inner") for target in datalist.get("targets", [])):
         # Which labels are the cavity can't be told from the files.
         runs.pop("geometric", None)
-    if not has_targets:
+    if not _has_targets(datalist):
         runs = {name: run for name, run in runs.items() if run["bundle"] != "dual_decoder"}
     return {**description, "runs": runs}
 
@@ -65,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
         description = {**_fit(description, datalist), "plan": _PLAN}
     study = Study(description, data, output, [options.seed], options.device)
     failures = study.run_all()
-    report = _report(study, data)
+    report = _report(study, data, failures)
     print(markdown(study))
     print(f"report: {report}")
     for failure in failures:
@@ -73,7 +84,7 @@ def main(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _report(study: Study, data: Path) -> Path:
+def _report(study: Study, data: Path, failures: Sequence[str] = ()) -> Path:
     seed = study.seeds[0]
     tables = []
     columns, rows = segmentation_table(study)
@@ -104,5 +115,6 @@ def _report(study: Study, data: Path) -> Path:
         ("runs", json.dumps({name: run.epochs for name, run in study.runs.items()})),
     ]
     path = study.output / "report.html"
-    write_report(path, study.description.get("title", "Report"), facts, tables, pictures)
+    failed = [f"Failed: {failure}" for failure in failures]
+    write_report(path, study.description.get("title", "Report"), facts, tables, pictures, footnotes=failed)
     return path

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
+import re
 import uuid
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import BadInput
 
-__all__ = ["write_atomically"]
+if TYPE_CHECKING:
+    from nibabel import Nifti1Image
+
+__all__ = ["intended_name", "write_atomically", "write_nifti"]
+
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes | memoryview) -> None:
@@ -41,3 +49,19 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | memory
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_nifti(path: str | os.PathLike[str], image: Nifti1Image) -> None:
+    """Write a ``.nii.gz`` file in one step. The same image gives the same bytes.
+
+    Raises:
+        BadInput: the file can't be written.
+    """
+    # Compressed as nibabel does: noise hardly shrinks further, and the higher levels take many times as long.
+    write_atomically(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def intended_name(name: str) -> str:
+    """The file that ``name`` was to become, where it is what a killed process left of its writing; else ``name``."""
+    left = _TEMPORARY.fullmatch(name)
+    return left[1] if left else name

@@ -201,7 +201,13 @@ class Study:
         identity = self._identity(run, seed, commands)
         if self.record(run, seed).get("identity") == identity:
             return
+        for parent in (run.teacher, run.student):
+            if parent is not None and not self.record(self.runs[parent], seed):
+                raise BadInput(
+                    f"run {run.name}, seed {seed}: not begun, since {parent}, which it starts from, is not done."
+                )
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "record.json").unlink(missing_ok=True)  # should this fail, old figures must not stand for it
         seconds = []
         with open(folder / "log.txt", "w") as log:
             for command in commands:
@@ -272,7 +278,7 @@ class Study:
                     try:
                         future.result()
                         tqdm.write(f"{run.name}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-                    except BadInput as error:
+                    except (BadInput, OSError, ValueError) as error:
                         failures.append(str(error))
                         tqdm.write(f"error: {error}", file=sys.stderr)
         return failures

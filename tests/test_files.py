@@ -5,11 +5,13 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from common import files
 from common.errors import BadInput
-from common.files import write_atomically
+from common.files import intended_name, write_atomically, write_nifti
 
 resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
 
@@ -105,3 +107,40 @@ def test_a_place_where_no_file_can_be(tmp_path):
     with pytest.raises(BadInput, match="folder: can't be written"):
         write_atomically(tmp_path / "folder", "text")
     assert only(tmp_path) == ["file", "folder"]
+
+
+@pytest.fixture
+def image() -> nib.Nifti1Image:
+    noise = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    made = nib.Nifti1Image(noise, np.diag([-1.0, 2.0, 3.0, 1.0]))
+    made.header.set_xyzt_units("mm")
+    return made
+
+
+def test_nifti_is_read_as_it_was_written(tmp_path, image):
+    path = tmp_path / "new" / "case_1.nii.gz"
+    write_nifti(path, image)
+    found = nib.load(path)
+    np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(image.dataobj))
+    np.testing.assert_array_equal(found.affine, image.affine)
+    assert found.header.get_xyzt_units()[0] == "mm"
+    first = path.read_bytes()
+    write_nifti(path, image)
+    assert path.read_bytes() == first
+    assert only(path.parent) == ["case_1.nii.gz"]
+
+
+def test_nifti_on_a_disk_that_fills_up_is_whole_or_not_there(tmp_path, image):
+    path = tmp_path / "case_1.nii.gz"
+    with full_disk(1000), pytest.raises(BadInput, match=r"case_1\.nii\.gz: can't be written"):
+        write_nifti(path, image)
+    assert only(tmp_path) == []
+
+
+def test_what_a_killed_process_leaves_is_known_by_its_name(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(files.os, "replace", lambda source, target: seen.append(Path(source).name))
+    write_atomically(tmp_path / "case_1.nii.gz", b"")
+    assert [intended_name(name) for name in seen] == ["case_1.nii.gz"]
+    for name in ("case_1.nii.gz", ".case_1.nii.gz.tmp", ".hidden"):
+        assert intended_name(name) == name

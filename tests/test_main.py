@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from common.__main__ import COMMANDS, main
 from common.data import phantom
 from common.errors import BadInput
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--labeled", "1", "--unlabeled", "0", "--validation", "0", "--shape", "24", "24", "24")
 
 
 def test_unknown_command(capsys):
@@ -68,10 +72,88 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch):
         main(["phantoms"])
 
 
+def test_what_the_operating_system_refuses_is_one_message(capsys, monkeypatch):
+    def fail(options):
+        raise PermissionError(13, "Permission denied", "/results/log.txt")
+
+    monkeypatch.setattr(phantom, "add_arguments", lambda parser: None)
+    monkeypatch.setattr(phantom, "main", fail)
+    assert main(["phantoms"]) == 1
+    assert capsys.readouterr().err == "error: Permission denied: /results/log.txt\n"
+    monkeypatch.setenv("BUNDLES_TRACEBACK", "1")
+    with pytest.raises(PermissionError):
+        main(["phantoms"])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    assert main(["phantoms", "--output", str(folder), *SMALL]) == 0
+    return folder
+
+
+def writing(command: str, data: Path, output: Path) -> list[str]:
+    """The command line of something that writes ``output`` or into it."""
+    datalist = str(data / "datalist.json")
+    wall = ("--wall", "2", "--inner", "1")
+    return {
+        "phantoms": ["phantoms", "--output", str(output), *SMALL],
+        "thickness": ["thickness", "--datalist", datalist, "--output", str(output), *wall],
+        "plan": ["plan", "--datalist", datalist, "--output", str(output / "plan.json")],
+        "datalist": ["datalist", "--images", str(data / "images"), "--output", str(output / "datalist.json")],
+    }[command]
+
+
+@contextmanager
+def full_disk():
+    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("command", ["phantoms", "thickness", "plan", "datalist"])
+def test_a_full_disk_is_one_message_and_no_half_file(capsys, tmp_path, data, command):
+    output = tmp_path / "output"
+    with full_disk():
+        assert main(writing(command, data, output)) == 1
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith(f"error: {output}/")
+    assert "File too large" in last
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("command", ["phantoms", "thickness", "plan", "datalist"])
+def test_a_place_where_nothing_can_be_written_is_one_message(capsys, tmp_path, data, command):
+    (tmp_path / "file").write_text("in the way")
+    assert main(writing(command, data, tmp_path / "file" / "output")) == 1
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith(f"error: {tmp_path}/file/output")
+
+
+def test_make_leaves_nothing_in_the_home(tmp_path):
+    """Caches and settings of pip, PyTorch and Matplotlib go beside the environment; MLflow makes no identity."""
+    (tmp_path / "home").mkdir()
+    # Without what tells MLflow that this is a test.
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "1"}
+    show = ["make", "--silent", "--eval", "show:\n\t@env", "show", f"VENV={tmp_path}/environment"]
+    shown = subprocess.run(show, capture_output=True, text=True, cwd=ROOT, env=environment, check=True).stdout
+    environment.update(line.partition("=")[::2] for line in shown.splitlines())
+    settings = {"capture_output": True, "text": True, "cwd": ROOT, "env": environment, "check": True}
+    cache = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], **settings).stdout
+    assert cache.startswith(f"{tmp_path}/environment/cache")
+    phantoms = [sys.executable, "-m", "common", "phantoms", "--output", str(tmp_path / "data"), *SMALL]
+    subprocess.run(phantoms, **settings)
+    assert list((tmp_path / "home").rglob("*")) == []
+    assert (tmp_path / "data" / "datalist.json").exists()
+
+
 def test_from_the_command_line(tmp_path):
-    root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-m", "common", "study", "none.json", "--data", str(tmp_path), "--output", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 1
     assert "error: study none.json: can't be read" in done.stderr

@@ -89,7 +89,7 @@ def test_one_failure_does_not_end_the_others_and_what_is_done_is_not_done_again(
     study: Study, calls: list[list[str]]
 ) -> None:
     failures = study.run_all()
-    assert len(failures) == 2
+    assert len(failures) == 4  # of two seeds, with the run that would start from it
     assert "no such luck" in failures[0]
     assert len(study.records(study.runs["teacher"])) == 2
     assert len(study.records(study.runs["student"])) == 0
@@ -136,6 +136,17 @@ def test_what_was_done_with_another_description_is_done_again_with_all_that_foll
     assert again() == ["teacher", "student", "geometric"]
     (data / "datalist.json").write_text('{"training": []}')
     assert again() == ["teacher", "student", "geometric"]
+
+
+def test_figures_of_an_earlier_run_do_not_stand_for_one_that_failed(study: Study, calls: list[list[str]]) -> None:
+    for seed in study.seeds:
+        folder = study.folder(study.runs["student"], seed)
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps({"summary": SUMMARY, "train_seconds": 1}))
+    failures = study.run_all()
+    assert not study.records(study.runs["student"])
+    assert len(failures) == 4
+    assert "geometric, seed 0: not begun, since student" in failures[1]
 
 
 def test_tables(study: Study, calls: list[list[str]]) -> None:

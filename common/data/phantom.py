@@ -24,6 +24,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from ..errors import BadInput
+from ..files import intended_name, write_atomically, write_nifti
 
 __all__ = [
     "LABELED_DOMAIN",
@@ -478,9 +479,10 @@ def _clear(output: Path) -> None:
     files = [path for path in sorted(output.rglob("*")) if not path.is_dir()]
     for path in files:
         in_folder = path.parent.parent == output and path.parent.name in FOLDERS
-        if in_folder and path.name.startswith(FILE_PREFIX) and path.name.endswith(".nii.gz"):
+        name = intended_name(path.name)
+        if in_folder and name.startswith(FILE_PREFIX) and name.endswith(".nii.gz"):
             continue
-        if path == output / "datalist.json" and _is_own_datalist(path):
+        if path.parent == output and name == "datalist.json" and (name != path.name or _is_own_datalist(path)):
             continue
         raise BadInput(
             f"{output}: not empty, and {path.relative_to(output)} was not written by this command. Nothing was "
@@ -505,12 +507,11 @@ def _affine(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
 
 
 def _write(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
-    nib.save(image, path)
+    write_nifti(path, image)
 
 
 def generate_phantoms(
@@ -591,9 +592,8 @@ def generate_phantoms(
         ],
         **sections,
     }
-    output.mkdir(parents=True, exist_ok=True)
     path = output / "datalist.json"
-    path.write_text(json.dumps(datalist, indent=1) + "\n")
+    write_atomically(path, json.dumps(datalist, indent=1) + "\n")
     return path
 
 

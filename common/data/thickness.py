@@ -24,6 +24,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from ..errors import BadInput
+from ..files import write_atomically, write_nifti
 from .datalist import SECTIONS, case_name, read_datalist
 
 __all__ = ["add_arguments", "main", "wall_thickness", "write_thickness_maps"]
@@ -154,7 +155,6 @@ def write_thickness_maps(
         raise BadInput(f"{datalist}: no entry has a label, so there is no wall to measure.")
     _keep_inputs(content, folder, [Path(datalist)], [target_path, *(path for _, _, path in jobs)])
 
-    (output / name).mkdir(parents=True, exist_ok=True)
     total, measured, millimetres = 0, 0, 0.0
     for entry, label_path, path in tqdm(jobs, desc=name, unit="case", disable=None if progress else True):
         label, affine = _read_label(label_path)
@@ -162,7 +162,7 @@ def write_thickness_maps(
         thickness = wall_thickness(label, sizes, wall, inner, slicewise, axis, smallest_cavity)
         image = nib.Nifti1Image(thickness, affine)
         image.header.set_xyzt_units("mm")
-        nib.save(image, path)
+        write_nifti(path, image)
         entry[name] = os.path.relpath(path, output)
         total += int((label == wall).sum())
         measured += int((thickness > 0).sum())
@@ -180,9 +180,14 @@ def write_thickness_maps(
         "structure": wall,
         "missing": 0,
         "scale": round(mean, 2),
+        # How it was measured, so that a comparison can measure alike.
+        "inner": list(inner),
+        "slicewise": slicewise,
+        "axis": axis,
+        "smallest_cavity": smallest_cavity,
     }
     content["targets"] = [*(other for other in content.get("targets", []) if other.get("name") != name), target]
-    target_path.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomically(target_path, json.dumps(content, indent=1) + "\n")
     print(f"{len(jobs)} maps, mean {mean:.2f} mm, {measured / total:.1%} of wall voxels measured: {target_path}")
     return target_path
 

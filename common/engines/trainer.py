@@ -36,8 +36,9 @@ class SemiSupervisedTrainer(Trainer):
     """Trains a :class:`~common.methods.Method` on streams of labelled and unlabelled batches.
 
     The method says what its losses are; everything else is here: mixed precision, gradient clipping, one or several
-    optimisers, distributed runs, the means of every logged term over an epoch, and reproducibility: each epoch starts
-    from a random state that follows from ``seed`` and its number alone, so a resumed run continues as if never stopped.
+    optimisers, distributed runs, the means of every logged term over an epoch and all processes, and reproducibility:
+    each epoch starts from a random state that follows from ``seed`` and its number alone, so a resumed run continues as
+    if never stopped.
 
     Args:
         device: where to train.
@@ -117,7 +118,18 @@ class SemiSupervisedTrainer(Trainer):
                 self._counts[name] += 1
 
     def _finish_epoch(self) -> None:
-        means = {f"train/{name}": total / self._counts[name] for name, total in self._sums.items()}
+        shares = [(dict(self._sums), dict(self._counts))]
+        if dist.is_available() and dist.is_initialized():
+            # As objects, because a term may have had no value in some of the processes.
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, shares[0])
+            shares = gathered
+        names = dict.fromkeys(name for sums, _ in shares for name in sums)
+        means = {
+            f"train/{name}": sum(sums.get(name, 0.0) for sums, _ in shares)
+            / sum(counts.get(name, 0) for _, counts in shares)
+            for name in names
+        }
         means["train/learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         # A term that has ended, or a class of which nothing is kept any more, must not go on with its last value.
         for name in [name for name in self.state.metrics if name.startswith("train/")]:

@@ -8,11 +8,13 @@ from .lock_in import LockIn, LockInBroken
 from .pictures import StagePicture, save_curves, save_overview
 from .progress import Progress
 from .target_error import TargetError
-from .tracking import Tracking, read_lineage, weights_digest
+from .tracking import EvaluationTracking, Tracking, read_lineage, weights_digest
+from .validation import Validation
 
 __all__ = [
     "CaseJsonWriter",
     "Checkpoint",
+    "EvaluationTracking",
     "EvaluationWriter",
     "LockIn",
     "LockInBroken",
@@ -20,6 +22,7 @@ __all__ = [
     "StagePicture",
     "TargetError",
     "Tracking",
+    "Validation",
     "read_lineage",
     "save_curves",
     "save_overview",

@@ -205,8 +205,9 @@ class EvaluationWriter:
         found = np.unique(array(reference))
         unknown = found[~np.isin(found, [int(label) for label in self.labels])]
         if unknown.size:
+            ids = ", ".join(f"{value:g}" for value in unknown[:5])
             raise BadInput(
-                f"case {case}: the reference has the label ids {', '.join(f'{value:g}' for value in unknown[:5])}, which are not in `labels` "
+                f"case {case}: the reference has the label ids {ids}, which are not in `labels` "
                 f"{self.labels}. Correct the file, or evaluate with the labels that the weights were trained for."
             )
 

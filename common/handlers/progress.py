@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 from tqdm import tqdm
 
+from ..files import write_atomically
 from .pictures import save_curves
 
 __all__ = ["Progress"]
@@ -21,8 +23,11 @@ _SHOWN = ("train/loss", "train/kept/all", "val_")
 class Progress:
     """A progress bar over all epochs, a log line an epoch, and ``curves.png`` when training completes.
 
+    The figures drawn lie in ``history.json``: a list of (epoch, value) pairs by name. A resumed run goes on with those
+    of the epochs that it does not repeat.
+
     Args:
-        output_dir: folder for the curves.
+        output_dir: folder for the curves and the figures.
         evaluator: its metrics are shown in the epoch's line and drawn, too.
     """
 
@@ -36,7 +41,7 @@ class Progress:
         """Register with the trainer. Only the first process of a distributed run shows anything."""
         if idist.get_rank() != 0:
             return
-        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_on_error)
         if self.evaluator is not None:
@@ -46,10 +51,29 @@ class Progress:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
+    @property
+    def _history_path(self) -> Path:
+        return self.output_dir / "history.json"
+
     def _open(self, engine: Engine) -> None:
+        # Not when the run starts: only now does everybody know whether, and where, it is resumed.
+        if self.bar is not None:
+            return
+        if engine.state.epoch > 1:
+            self._recall(engine.state.epoch)
         # Ignite's bar knows the time left of an epoch; a person asks for that of the run.
         total = engine.state.max_epochs * engine.state.epoch_length
         self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", disable=None)
+
+    def _recall(self, first: int) -> None:
+        """Take up the figures of the epochs before ``first``; without them the curves begin there."""
+        try:
+            saved = json.loads(self._history_path.read_text())
+        except (OSError, ValueError):
+            logger.warning("%s can't be read: the curves begin with epoch %d", self._history_path, first)
+            return
+        for name, points in saved.items():
+            self.history[name] = [(epoch, value) for epoch, value in points if epoch < first]
 
     def _advance(self, engine: Engine) -> None:
         self.bar.set_postfix(loss=f"{engine.state.output['loss']:.4g}", refresh=False)
@@ -70,12 +94,13 @@ class Progress:
         shown = [
             f"{name.removeprefix('train/')} {points[-1][1]:.4g}"
             for name, points in self.history.items()
-            if name.startswith(_SHOWN) and points[-1][0] == epoch
+            if name.startswith(_SHOWN) and points and points[-1][0] == epoch
         ]
         logger.info("Epoch %d/%d: %s", epoch, engine.state.max_epochs, ", ".join(shown))
+        write_atomically(self._history_path, json.dumps(self.history))
 
     def _finish(self, engine: Engine) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.history:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             save_curves(self.output_dir / "curves.png", dict(self.history))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import ignite.distributed as idist
 import monai
 import torch
 from ignite.engine import Engine, Events
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from monai.handlers import MLFlowHandler
 
 from .. import __version__
@@ -21,10 +26,14 @@ from ..engines.origin import read_record, trained_settings
 from ..files import write_atomically
 from ..networks import read_weights, state_digest
 
-__all__ = ["Tracking", "read_lineage", "weights_digest"]
+__all__ = ["EvaluationTracking", "Tracking", "read_lineage", "weights_digest"]
 
 logger = logging.getLogger(__name__)
 _LIMIT = 500  # characters of a parameter that every MLflow store takes
+_KEY_LIMIT = 250  # characters of its name
+_BATCH = 100  # parameters that a store takes at a time
+_RUN_FILE = "run.json"
+_SQLITE = "sqlite:///"
 
 
 def weights_digest(path: str | Path) -> str:
@@ -42,11 +51,81 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     return {"weights": weights_digest(model_path), **record}
 
 
-class Tracking(MLFlowHandler):
+class _Run(MLFlowHandler):
+    """One MLflow run of MONAI's handler, with the config as its parameters; only the first process writes."""
+
+    def __init__(self, stage: str, output_dir: str, tracking_uri: str | None, run_name: str | None) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self.output_dir = Path(output_dir)
+        self.stage = stage
+        database = f"{_SQLITE}{(self.output_dir / 'mlruns.db').resolve()}"
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri or database
+        self.config = running_config()
+        if idist.get_rank() != 0:
+            return  # a client makes its database at once, which only one process may do
+        _report_nothing()
+        _quiet_migrations(self.uri)
+        super().__init__(
+            tracking_uri=self.uri,
+            iteration_log=False,
+            experiment_name=stage,
+            run_name=run_name,
+            experiment_param=self._parameters(),
+            close_on_complete=False,
+        )
+
+    def _parameters(self) -> dict[str, str]:
+        values = dict(_leaves(self.config, self.config))
+        values.update(version=__version__, monai=monai.__version__, torch=torch.__version__)
+        return {key: str(value)[:_LIMIT] for key, value in values.items() if len(key) <= _KEY_LIMIT}
+
+    def _log_params(self, params: dict[str, Any]) -> None:
+        items = list(params.items())
+        for first in range(0, len(items), _BATCH):
+            super()._log_params(dict(items[first : first + _BATCH]))
+
+    def attach(self, engine: Engine) -> None:
+        """Register with the engine. Only the first process of a distributed run writes."""
+        if idist.get_rank() != 0:
+            return
+        super().attach(engine)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    def start(self, engine: Engine) -> None:
+        """Open a run and log what is known before it."""
+        self._set_experiment()
+        # MONAI would continue whatever run of the experiment is not finished: one that failed with parameters that
+        # MLflow will not change, or one that another process is busy with.
+        name = self.run_name or time.strftime("run_%Y%m%d_%H%M%S")
+        self.cur_run = self._interrupted(engine) or self.client.create_run(self.experiment.experiment_id, run_name=name)
+        self._delete_exist_param_in_dict(self.experiment_param)
+        super().start(engine)
+
+    def _interrupted(self, engine: Engine) -> Run | None:
+        """The run to continue, or None for a new one."""
+        return None
+
+    def _tag_origin(self, prefix: str, lineage: Mapping[str, Any]) -> None:
+        for key in ("weights", "run_id", "tracking_uri"):
+            if key in lineage:
+                self.client.set_tag(self.cur_run.info.run_id, f"{prefix}.{key}", lineage[key])
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """Log the epoch's metrics."""
+        self._log_metrics(_finite(engine.state.metrics), engine.state.epoch)
+
+    def _fail(self, engine: Engine, error: BaseException) -> None:
+        if self.cur_run is not None:
+            self.client.set_terminated(self.cur_run.info.run_id, "FAILED")
+
+
+class Tracking(_Run):
     """MONAI's MLflow handler, which also keeps the config, the weights' digest, the pictures and the lineage.
 
     By default everything goes to an SQLite file in ``output_dir``. Beside the weights it writes ``model.json``, by
-    which the next stage finds the run they came from.
+    which the next stage finds the run they came from. A training that is resumed continues its run, which ``run.json``
+    in ``output_dir`` names. Parameters are all values of the config, ``train#trainer#max_epochs`` as
+    ``train/trainer/max_epochs``. MLflow's own usage reports are off, unless ``MLFLOW_DISABLE_TELEMETRY`` is set.
 
     Args:
         stage: name of the bundle; the experiment's name.
@@ -68,63 +147,42 @@ class Tracking(MLFlowHandler):
         evaluator: Engine | None = None,
         run_name: str | None = None,
     ) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self.output_dir = Path(output_dir)
         self.model_path = Path(model_path)
-        self.stage = stage
         self.evaluator = evaluator
         self.parents = {role: read_lineage(path) for role, path in (parents or {}).items() if path}
-        self.uri = tracking_uri or f"sqlite:///{(self.output_dir / 'mlruns.db').resolve()}"
-        self.config = running_config()
-        if idist.get_rank() != 0:
-            return  # a client makes its database at once, which only one process may do
-        _quiet_migrations(self.uri)
-        super().__init__(
-            tracking_uri=self.uri,
-            iteration_log=False,
-            experiment_name=stage,
-            run_name=run_name,
-            experiment_param=self._parameters(),
-            close_on_complete=False,
-        )
-
-    def _parameters(self) -> dict[str, str]:
-        plain = {key: value for key, value in self.config.items() if not isinstance(value, Mapping)}
-        versions = {"version": __version__, "monai": monai.__version__, "torch": torch.__version__}
-        return {key: str(value)[:_LIMIT] for key, value in {**plain, **versions}.items()}
+        super().__init__(stage, output_dir, tracking_uri, run_name)
 
     def attach(self, engine: Engine) -> None:
-        """Register with the trainer. Only the first process of a distributed run writes."""
-        if idist.get_rank() != 0:
-            return
+        """Register with the trainer, after the :class:`Checkpoint` that resumes it."""
         super().attach(engine)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
-        if self.evaluator is not None:
+        if self.evaluator is not None and idist.get_rank() == 0:
             self.evaluator.add_event_handler(
                 Events.COMPLETED,
                 lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch),
             )
 
+    def _interrupted(self, engine: Engine) -> Run | None:
+        if engine.state.epoch == 0:
+            return None
+        try:
+            run_id = json.loads((self.output_dir / _RUN_FILE).read_text())["run_id"]
+            self.client.update_run(run_id, status="RUNNING")
+            return self.client.get_run(run_id)
+        except (OSError, ValueError, KeyError, MlflowException) as error:
+            logger.warning("The run that is resumed is not found (%s): MLflow gets a new one", error)
+            return None
+
     def start(self, engine: Engine) -> None:
-        """Open a new run and log what is known before training."""
-        self._set_experiment()
-        # MONAI would continue whatever run of the experiment is not finished: one that failed with parameters that
-        # MLflow will not change, or one that another process is busy with.
-        name = self.run_name or time.strftime("run_%Y%m%d_%H%M%S")
-        self.cur_run = self.client.create_run(self.experiment.experiment_id, run_name=name)
+        """Open a run, or that which is resumed, and log what is known before training."""
         super().start(engine)
+        run_id = self.cur_run.info.run_id
+        write_atomically(self.output_dir / _RUN_FILE, json.dumps({"run_id": run_id, "tracking_uri": self.uri}))
         for role, lineage in self.parents.items():
-            for key in ("weights", "run_id", "tracking_uri"):
-                if key in lineage:
-                    self.client.set_tag(self.cur_run.info.run_id, f"parent.{role}.{key}", lineage[key])
+            self._tag_origin(f"parent.{role}", lineage)
         if self.config:
             path = self.output_dir / "config.json"
             write_atomically(path, json.dumps(self.config, indent=2))
-            self.client.log_artifact(self.cur_run.info.run_id, str(path))
-
-    def epoch_completed(self, engine: Engine) -> None:
-        """Log the epoch's metrics."""
-        self._log_metrics(_finite(engine.state.metrics), engine.state.epoch)
+            self.client.log_artifact(run_id, str(path))
 
     def complete(self, engine: Engine) -> None:
         """Log the weights' digest and the pictures, and write the record beside the weights."""
@@ -138,9 +196,87 @@ class Tracking(MLFlowHandler):
             self.client.log_artifact(run_id, str(path), "pictures")
         self.client.set_terminated(run_id, self.run_finish_status)
 
+
+class EvaluationTracking(_Run):
+    """Log an evaluation as an MLflow run of its own, called ``evaluation``, that names the weights it judges.
+
+    It goes to ``tracking_uri``; without one to the SQLite file that holds the weights' training, where that is on this
+    machine and may be written, else to one in ``output_dir``. The tags ``model.weights`` and ``model.run_id`` are the
+    weights' digest and the run that made them.
+
+    Args:
+        stage: name of the bundle; the experiment's name.
+        output_dir: folder of the evaluation, of which ``summary.json``, ``metrics.csv`` and ``median_*.png`` are kept.
+        model_path: the weights.
+        tracking_uri: an MLflow server.
+    """
+
+    def __init__(self, stage: str, output_dir: str, model_path: str, tracking_uri: str | None = None) -> None:
+        self.model = read_lineage(model_path)
+        known = self.model.get("tracking_uri", "")
+        if tracking_uri is None and known.startswith(_SQLITE) and os.access(known.removeprefix(_SQLITE), os.W_OK):
+            tracking_uri = known
+        super().__init__(stage, output_dir, tracking_uri, "evaluation")
+
+    def start(self, engine: Engine) -> None:
+        """Open the run and log what is evaluated."""
+        super().start(engine)
+        self._tag_origin("model", self.model)
+        if self.config:
+            self.client.log_dict(self.cur_run.info.run_id, self.config, "config.json")
+
+    def epoch_completed(self, engine: Engine) -> None:
+        """Nothing: handlers that come later may add figures, too."""
+
     def _fail(self, engine: Engine, error: BaseException) -> None:
-        if self.cur_run is not None:
-            self.client.set_terminated(self.cur_run.info.run_id, "FAILED")
+        super()._fail(engine, error)
+        raise error  # which an engine that somebody listens to does not
+
+    def complete(self, engine: Engine) -> None:
+        """Log the figures and files."""
+        run_id = self.cur_run.info.run_id
+        self._log_metrics(_finite(engine.state.metrics))
+        for pattern in ("summary.json", "metrics.csv", "median_*.png"):
+            for path in sorted(self.output_dir.glob(pattern)):
+                self.client.log_artifact(run_id, str(path))
+        self.client.set_terminated(run_id, self.run_finish_status)
+
+
+def _leaves(value: Any, config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a config by their place in it; a reference to a value counts as that value, others as nothing."""
+    if _is_value(value):
+        value = _referred(value, config)
+        if not _is_reference(value):
+            yield name, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if not str(key).startswith("_comment"):
+            part = re.sub(r"[^\w.-]", "_", str(key))  # MLflow takes no other characters
+            yield from _leaves(item, config, f"{name}/{part}" if name else part)
+
+
+def _is_value(item: Any) -> bool:
+    """Whether it is no part of the config's structure: a number, a text, or a list of such."""
+    return not isinstance(item, Mapping) and not (isinstance(item, list) and any(isinstance(i, Mapping) for i in item))
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"@[\w:#]+", value) is not None
+
+
+def _referred(value: Any, config: Mapping[str, Any]) -> Any:
+    """What ``@place#in#config`` refers to, where that is a value; else ``value`` as it is."""
+    if not _is_reference(value):
+        return value
+    found: Any = config
+    for part in re.split("#|::", value[1:]):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            return value
+    return _referred(found, config) if _is_value(found) else value
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -152,3 +288,14 @@ def _quiet_migrations(uri: str) -> None:
     if uri.startswith("sqlite:"):
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _report_nothing() -> None:
+    """Keep MLflow from reporting to its makers how it is used, unless the user has decided about it."""
+    if "MLFLOW_DISABLE_TELEMETRY" in os.environ:
+        return
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    with contextlib.suppress(ImportError):  # releases before 3.2 report nothing
+        from mlflow.telemetry import set_telemetry_client
+
+        set_telemetry_client()  # MONAI imports MLflow, which makes a client, before we are asked

@@ -293,8 +293,12 @@ class GeometricThicknessd(MapTransform):
         structure: label id of the wall.
         inner: label ids of the cavity that the wall encloses.
         slicewise: whether to measure slice by slice instead of in space.
+        axis: of the file, through the slices.
+        smallest_cavity: cavities of fewer voxels are left out.
         segmentation_key: the predicted label map (1, *spatial) on the image's own grid.
     """
+
+    OPTIONS = ("slicewise", "axis", "smallest_cavity")
 
     def __init__(
         self,
@@ -302,6 +306,8 @@ class GeometricThicknessd(MapTransform):
         structure: int,
         inner: Sequence[int],
         slicewise: bool = False,
+        axis: int = -1,
+        smallest_cavity: int = 1,
         segmentation_key: str = "segmentation",
     ) -> None:
         super().__init__(segmentation_key)
@@ -309,7 +315,40 @@ class GeometricThicknessd(MapTransform):
         self.structure = structure
         self.inner = list(inner)
         self.slicewise = slicewise
+        self.axis = axis
+        self.smallest_cavity = smallest_cavity
         self.segmentation_key = segmentation_key
+
+    @staticmethod
+    def measurable(targets: Sequence[Target]) -> Target:
+        """The first target whose description says which labels are the cavity inside its wall.
+
+        Raises:
+            BadInput: there is none.
+        """
+        found = next((target for target in targets if is_dense(target) and target.get("inner")), None)
+        if found is None:
+            raise BadInput(
+                "targets: none says which labels are the cavity inside its wall, so no thickness can be measured in a "
+                'mask. Add `inner` to its description, such as "inner": [1].'
+            )
+        return found
+
+    @classmethod
+    def arguments(cls, target: Target) -> dict[str, Any]:
+        """The arguments to measure a target just as its description says that its reference was.
+
+        Raises:
+            BadInput: its structure is not one label.
+        """
+        structures = structure_ids(target)
+        if len(structures) != 1:
+            raise BadInput(
+                f"targets: {target['name']} is measured in the labels {structures}; expected one label id, its wall, "
+                "as its `structure`."
+            )
+        options = {key: target[key] for key in cls.OPTIONS if key in target}
+        return {"target": target["name"], "structure": structures[0], "inner": target["inner"], **options}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         # Imported late: only this comparison needs it.
@@ -323,6 +362,8 @@ class GeometricThicknessd(MapTransform):
             wall=self.structure,
             inner=self.inner,
             slicewise=self.slicewise,
+            axis=self.axis,
+            smallest_cavity=self.smallest_cavity,
         )
         measured = torch.as_tensor(np.ascontiguousarray(thickness), dtype=torch.float32, device=segmentation.device)[
             None

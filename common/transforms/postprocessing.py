@@ -70,8 +70,8 @@ def postprocessing(
         segments: whether the network's output begins with segmentation logits.
         mask: whether a target's map is set to 0 outside its structure.
         geometric: measure a thickness in the predicted mask instead of reading the network's map: ``target``,
-            ``structure``, ``inner`` and ``slicewise`` of :class:`GeometricThicknessd`. The network then has no channel
-            for it.
+            ``structure``, ``inner``, ``slicewise``, ``axis`` and ``smallest_cavity`` of :class:`GeometricThicknessd`. The
+            network then has no channel for it.
         output_dir: write ``<case>_seg.nii.gz`` and ``<case>_<target>.nii.gz`` there; None writes nothing.
         largest_component: keep only the largest connected component of each structure, voxels touching at a corner
             being connected, and give the others to the background. Only where each structure is known to be one piece.

@@ -190,6 +190,22 @@ def test_replaces_its_own_and_refuses_the_rest(tmp_path: Path) -> None:
         generate_phantoms(tmp_path, 1, 0, 0, shape=SHAPE, progress=False)
 
 
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    hidden = f".{{}}.{'0' * 32}.tmp"
+    (tmp_path / "images").mkdir()
+    left = [
+        tmp_path / "images" / hidden.format("phantom_training_000.nii.gz"),
+        tmp_path / hidden.format("datalist.json"),
+    ]
+    for path in left:
+        path.write_text("half")
+    generate_phantoms(tmp_path, 1, 0, 0, shape=SHAPE, progress=False)
+    assert not [path for path in left if path.exists()]
+    (tmp_path / hidden.format("mine.json")).touch()
+    with pytest.raises(BadInput, match="was not written by this command"):
+        generate_phantoms(tmp_path, 1, 0, 0, shape=SHAPE, progress=False)
+
+
 @pytest.mark.parametrize(("shape", "spacing"), [((6, 6, 6), (1, 1, 1)), ((32, 32), (1, 1)), ((32, 32, 32), (1, 1, 0))])
 def test_impossible_volumes_are_refused(shape: tuple[int, ...], spacing: tuple[float, ...]) -> None:
     with pytest.raises(BadInput, match="shape"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from common.engines import distributed_device, start_distributed, stop_distribut
 from common.errors import BadInput
 
 TWO_PROCESSES = """
+import json
+import math
+
 import torch
 import torch.distributed as dist
 from common.engines import SemiSupervisedTrainer, distributed_device, start_distributed, stop_distributed
@@ -24,7 +28,9 @@ class Line(Method):
         self.weight = torch.nn.Parameter(torch.tensor(0.0))
 
     def forward(self, batch, optimizer=""):
-        return {"loss": (self.weight * batch["labeled"]["image"] - batch["labeled"]["label"]).square().mean()}
+        error = (self.weight * batch["labeled"]["image"] - batch["labeled"]["label"]).square().mean()
+        known = torch.tensor(math.nan if dist.get_rank() == 0 else 0.25)
+        return {"loss": error, "kept/wall": known, "kept/none": known * math.nan}
 
 
 start_distributed()
@@ -36,16 +42,23 @@ trainer = SemiSupervisedTrainer("cpu", 1, [batch], method, optimizer, amp=False,
 trainer.run()
 with open(f"{rank}.txt", "w") as file:
     file.write(f"{distributed_device()} {method.weight.item():.6f} {torch.rand(()).item():.6f}")
+with open(f"{rank}.json", "w") as file:
+    json.dump(trainer.state.metrics, file)
 stop_distributed()
 stop_distributed()
 assert not dist.is_initialized()
 """
 
 
-def test_without_torchrun_the_message_says_how(monkeypatch):
+def test_without_torchrun_the_message_says_how_and_no_more(monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with pytest.raises(BadInput, match="torchrun --standalone"):
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(BadInput, match="torchrun --standalone") as caught:
         start_distributed()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    shown = capsys.readouterr().err
+    assert "error: multi_gpu_train.json" in shown
+    assert "Traceback" not in shown
     stop_distributed()  # nothing to leave
 
 
@@ -60,7 +73,10 @@ def test_device_of_a_process(monkeypatch):
 
 
 def test_two_processes_take_one_step_together(tmp_path):
-    """Targets 2 and 6 at an image of 1: the mean gradient is -8, so both weights become 0.8; their seeds differ."""
+    """Targets 2 and 6 at an image of 1: the mean gradient is -8, so both weights become 0.8; their seeds differ.
+
+    Losses 4 and 36 are logged as 20, a term that one of them has as that one's.
+    """
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     root = str(Path(__file__).resolve().parents[2])
@@ -71,3 +87,6 @@ def test_two_processes_take_one_step_together(tmp_path):
     results = [(tmp_path / f"{rank}.txt").read_text().split() for rank in (0, 1)]
     assert [result[:2] for result in results] == [["cpu", "0.800000"]] * 2
     assert results[0][2] != results[1][2], "dropout and augmentation are not the same in every process"
+    expected = {"train/loss": 20.0, "train/kept/wall": 0.25, "train/learning_rate": 0.1}
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

@@ -9,7 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from common.engines import SemiSupervisedTrainer
-from common.handlers import Progress
+from common.handlers import Checkpoint, Progress
 from common.handlers import progress as module
 from common.methods import Method
 
@@ -85,7 +85,7 @@ def test_a_line_an_epoch_and_curves_at_the_end(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         train(Progress(str(folder)))
     assert lines(caplog) == ["Epoch 1/2: loss 3.5, kept/all 0.125", "Epoch 2/2: loss 1.5, kept/all 0.625"]
-    assert [path.name for path in folder.iterdir()] == ["curves.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["curves.png", "history.json"]
     assert (folder / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -114,7 +114,50 @@ def test_bar_is_closed_when_the_run_fails_and_no_curves_are_drawn(tmp_path, bars
     with pytest.raises(RuntimeError, match="plug"):
         train(Progress(str(tmp_path)), method=Falling(fail_at=3))
     assert bars[0].closed
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("fail_at", [2, 3], ids=["at the second epoch's begin", "within it"])
+def test_a_resumed_run_goes_on_with_bar_and_curves(tmp_path, bars, monkeypatch, fail_at):
+    drawn = {}
+    monkeypatch.setattr(module, "save_curves", lambda path, history: drawn.update(history))
+
+    def start(resume: bool, fail_at: int | None = None) -> None:
+        method = Falling(fail_at)
+        optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+        state = {"method": method, "optimizer": optimizer}
+        checkpoint = Checkpoint(state, method, str(tmp_path), str(tmp_path / "model.pt"), resume)
+        # Before the checkpoint, as in the bundles.
+        handlers = [Progress(str(tmp_path)), checkpoint]
+        SemiSupervisedTrainer("cpu", 2, [{}, {}], method, optimizer, False, train_handlers=handlers).run()
+
+    with pytest.raises(RuntimeError, match="plug"):
+        start(False, fail_at)
+    start(True)
+    assert drawn["train/loss"] == [(1, 3.5), (2, 1.5)]
+    assert (bars[1].total, bars[1].count) == (4, 4), "it does not begin at the left again"
+    drawn.clear()
+    start(False)
+    assert drawn["train/loss"] == [(1, 3.5), (2, 1.5)], "a new run does not go on with an old one's curves"
+
+
+def test_figures_of_epochs_that_are_repeated_are_not_drawn_twice(tmp_path):
+    """The process was killed after the epoch's figures were written, and before its checkpoint was."""
+    (tmp_path / "history.json").write_text('{"train/loss": [[1, 3.5], [2, 9.0]], "val_dice": [[2, 0.5]]}')
+    handler = Progress(str(tmp_path))
+    engine = Engine(lambda engine, batch: {"loss": 1.0})
+    handler.attach(engine)
+    engine.add_event_handler(Events.STARTED, lambda: setattr(engine.state, "epoch", 1))
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: engine.state.metrics.update({"train/loss": 1.5}))
+    engine.run([0], 2)
+    assert handler.history["train/loss"] == [(1, 3.5), (2, 1.5)]
+    assert not handler.history["val_dice"]
+
+
+def test_a_history_that_is_lost_is_said(tmp_path, caplog):
+    handler = Progress(str(tmp_path))
+    handler._recall(5)
+    assert "history.json can't be read: the curves begin with epoch 5" in caplog.text
 
 
 def test_bar_of_a_method_with_several_optimizers(tmp_path, bars):

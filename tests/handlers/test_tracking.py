@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from monai.bundle import ConfigParser
 from common.engines import SemiSupervisedTrainer
 from common.errors import BadInput
 from common.handlers import Checkpoint, Tracking, read_lineage, weights_digest
+from common.handlers.tracking import EvaluationTracking
 from common.methods import Method
 from common.networks import save_weights, state_digest
 
@@ -55,6 +60,13 @@ class Picture:
         engine.add_event_handler(Events.COMPLETED, lambda: (self.folder / "curves.png").write_bytes(b"PNG"))
 
 
+def with_database(folder: Path, template: Path | None) -> None:
+    """A new database takes MLflow seconds to make, a copy nothing."""
+    if template is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(template, folder / "mlruns.db")
+
+
 def train(
     folder: Path, stage: str, learning_rate: float = 0.1, fail_at: int | None = None, resume: bool = False, **settings
 ) -> Path:
@@ -68,6 +80,16 @@ def train(
             "long": "x" * 6000,
             "doubled": "$2 * @learning_rate",
             "network_def": {"features": [4, 8]},
+            "resume": resume,
+            "method": {
+                "_comment": "what it is",
+                "weight": "@learning_rate",
+                "stages": "@network_def#features",
+                "network": "@network_def",
+                "unknown": "@nowhere",
+                "losses": [{"_target_": "a.b", "classes": [1, 2]}, {"odd [key]": None}],
+            },
+            "many": {f"n{index}": index for index in range(250)},
             "evaluator": validation.evaluator,
             "tracking": {
                 "_target_": "common.handlers.Tracking",
@@ -99,10 +121,27 @@ def runs(folder: Path, stage: str) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory) -> dict[str, Any]:
+def template(tmp_path_factory) -> Path:
+    """A new, empty database."""
+    path = tmp_path_factory.mktemp("template") / "mlruns.db"
+    client = MlflowClient(tracking_uri=f"sqlite:///{path}")
+    client._tracking_client.store.engine.dispose()
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, template) -> Path:
+    """A run's folder with an empty database in its output."""
+    with_database(tmp_path / "output", template)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory, template) -> dict[str, Any]:
     """A teacher, and a student that starts from it; run in a folder of their own, to see what is left there."""
     root = tmp_path_factory.mktemp("chain")
     (root / "here").mkdir()
+    with_database(root / "student" / "output", template)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root / "here")
         teacher = train(root / "teacher", "teacher")
@@ -137,7 +176,19 @@ def test_parameters(chain):
     assert parameters["long"] == "x" * 500
     assert parameters["torch"] == torch.__version__
     assert {"version", "monai"} <= parameters.keys()
-    assert "network_def" not in parameters, "the config file has it"
+
+
+def test_parameters_within_the_config(chain):
+    parameters = chain["teacher_run"].data.params
+    assert parameters["network_def/features"] == "[4, 8]"
+    assert parameters["method/weight"] == "0.1", "what the reference stands for"
+    assert parameters["method/stages"] == "[4, 8]"
+    assert parameters["method/losses/0/_target_"] == "a.b"
+    assert parameters["method/losses/0/classes"] == "[1, 2]"
+    assert parameters["method/losses/1/odd__key_"] == "None"
+    assert not {"method/network", "method/unknown"} & parameters.keys(), "no values, but parts of the config"
+    assert not [name for name in parameters if "_comment" in name]
+    assert [parameters[f"many/n{index}"] for index in range(250)] == [str(index) for index in range(250)]
 
 
 def test_metrics_by_epoch(chain):
@@ -185,8 +236,9 @@ def test_a_student_names_its_teacher(chain):
     assert lineage["parents"]["teacher"]["run_id"] == chain["teacher_run"].info.run_id
 
 
-def test_failed_runs_are_marked_and_do_not_stand_in_the_way(tmp_path):
+def test_failed_runs_are_marked_and_do_not_stand_in_the_way(folder):
     """The next run in that folder has another learning rate, which a run can't change once it is logged."""
+    tmp_path = folder
     with pytest.raises(BadInput, match="case_3"):
         train(tmp_path, "teacher", fail_at=1)
     (failed,) = runs(tmp_path, "teacher")
@@ -200,12 +252,123 @@ def test_failed_runs_are_marked_and_do_not_stand_in_the_way(tmp_path):
     assert (second.info.status, second.data.params["learning_rate"]) == ("FINISHED", "0.01")
 
 
-def test_only_the_first_process_tracks(tmp_path, monkeypatch):
+def test_a_resumed_training_goes_on_with_its_run(folder):
+    """MLflow changes no parameter once it is logged, and `resume` is another one now."""
+    with pytest.raises(BadInput, match="case_3"):
+        train(folder, "teacher", fail_at=1)
+    (failed,) = runs(folder, "teacher")
+    train(folder, "teacher", resume=True)
+    (run,) = runs(folder, "teacher")
+    assert (run.info.run_id, run.info.status) == (failed.info.run_id, "FINISHED")
+    losses = client_of(folder).get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(1, 3.0), (2, 1.0)]
+    assert run.data.params["resume"] == "False"
+    assert read_lineage(folder / "models" / "model.pt")["run_id"] == run.info.run_id
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"run_id": "0123"}'])
+def test_a_resumed_training_whose_run_is_lost_has_a_new_one(folder, caplog, content):
+    with pytest.raises(BadInput, match="case_3"):
+        train(folder, "teacher", fail_at=1)
+    (folder / "output" / "run.json").unlink()
+    if content is not None:
+        (folder / "output" / "run.json").write_text(content)
+    train(folder, "teacher", resume=True)
+    assert [run.info.status for run in runs(folder, "teacher")] == ["FAILED", "FINISHED"]
+    assert "MLflow gets a new one" in caplog.text
+
+
+def evaluate(model: Path, output: Path, **settings) -> EvaluationTracking:
+    """An evaluation of one case, whose figures a handler finds that comes after the tracking."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("summary.json", "metrics.csv", "median_overview.png", "case_1_overview.png"):
+        (output / name).write_text(name)
+    evaluator = Engine(lambda engine, batch: None)
+    handler = EvaluationTracking("teacher", str(output), str(model), **settings)
+    handler.attach(evaluator)
+    figures = {"mean_dice": 0.75, "hd95/wall": math.nan}
+    evaluator.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.state.metrics.update(figures))
+    evaluator.run([0], 1)
+    return handler
+
+
+def test_an_evaluation_lies_beside_the_training_of_its_weights(folder):
+    model = train(folder, "teacher")
+    (training,) = runs(folder, "teacher")
+    evaluate(model, folder / "test")
+    _, run = runs(folder, "teacher")
+    assert (run.info.run_name, run.info.status) == ("evaluation", "FINISHED")
+    assert run.data.metrics == {"mean_dice": 0.75}
+    assert run.data.tags["model.weights"] == weights_digest(model)
+    assert run.data.tags["model.run_id"] == training.info.run_id
+    kept = sorted(item.path for item in client_of(folder).list_artifacts(run.info.run_id))
+    assert kept == ["median_overview.png", "metrics.csv", "summary.json"]
+    assert json.loads((folder / "output" / "run.json").read_text())["run_id"] == training.info.run_id
+    assert not (folder / "test" / "mlruns.db").exists()
+
+
+def test_an_evaluation_of_weights_from_elsewhere_has_its_own_database(tmp_path, template, weights):
+    record = {"weights": weights_digest(weights), "tracking_uri": f"sqlite:///{tmp_path}/gone/mlruns.db", "run_id": "1"}
+    weights.with_suffix(".json").write_text(json.dumps(record))
+    with_database(tmp_path / "test", template)
+    assert evaluate(weights, tmp_path / "test").uri == f"sqlite:///{tmp_path}/test/mlruns.db"
+    assert not (tmp_path / "gone").exists()
+    record["tracking_uri"] = "https://another.server"
+    weights.with_suffix(".json").write_text(json.dumps(record))
+    assert evaluate(weights, tmp_path / "test").uri == f"sqlite:///{tmp_path}/test/mlruns.db", "nobody asked for it"
+
+
+def test_an_evaluation_that_fails_is_marked(tmp_path, template, weights):
+    with_database(tmp_path / "output", template)
+    evaluator = Engine(lambda engine, batch: 1 / 0)
+    EvaluationTracking("teacher", str(tmp_path / "output"), str(weights)).attach(evaluator)
+    with pytest.raises(ZeroDivisionError):
+        evaluator.run([0], 1)
+    (run,) = runs(tmp_path, "teacher")
+    assert run.info.status == "FAILED"
+
+
+def test_the_record_names_the_server_that_the_environment_sets(folder, monkeypatch):
+    """MONAI's handler lets it win over the config."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'output' / 'mlruns.db'}")
+    model = train(folder, "teacher", tracking_uri="sqlite:////nowhere/else.db")
+    assert read_lineage(model)["tracking_uri"] == f"sqlite:///{folder / 'output' / 'mlruns.db'}"
+
+
+TELEMETRY = """
+import os, sys
+import monai
+from mlflow.telemetry import get_telemetry_client
+before = get_telemetry_client() is not None
+from common.handlers import Tracking
+Tracking("teacher", sys.argv[1], sys.argv[1] + "/model.pt")
+print(before, get_telemetry_client() is not None, os.environ["MLFLOW_DISABLE_TELEMETRY"])
+"""
+
+
+def test_mlflow_reports_nothing(folder):
+    """In a process of its own, without what tells MLflow that this is a test."""
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
+    command = [sys.executable, "-c", TELEMETRY, str(folder / "output")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.stdout.split("\n")[-2:] == ["True False true", ""], done.stderr
+
+
+def test_what_the_user_says_of_reports_stands(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "false")
+    monkeypatch.setattr("mlflow.telemetry.set_telemetry_client", lambda: pytest.fail("it is to be as it was"))
+    Tracking("teacher", str(folder / "output"), str(folder / "model.pt"))
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "false"
+
+
+@pytest.mark.parametrize("kind", [Tracking, EvaluationTracking])
+def test_only_the_first_process_tracks(tmp_path, weights, monkeypatch, kind):
     monkeypatch.setattr(idist, "get_rank", lambda: 1)
     engine = Engine(lambda engine, batch: None)
-    Tracking("teacher", str(tmp_path / "output"), str(tmp_path / "model.pt")).attach(engine)
+    kind("teacher", str(tmp_path / "output"), str(weights)).attach(engine)
     engine.run([0], 1)
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["model.pt"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadImaged, Orientationd, Spacingd
 
+from common.data.thickness import write_thickness_maps
 from common.errors import BadInput
 from common.transforms.output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
 
@@ -193,9 +194,9 @@ def test_geometric_thickness_is_measured_from_the_predicted_mask(monkeypatch: py
     asked = {}
 
     def wall_thickness(
-        label: np.ndarray, spacing: list[float], wall: int, inner: list[int], slicewise: bool
+        label: np.ndarray, spacing: list[float], wall: int, inner: list[int], **options: object
     ) -> np.ndarray:
-        asked.update(spacing=list(spacing), inner=inner, slicewise=slicewise)
+        asked.update(spacing=list(spacing), inner=inner, **options)
         return (label == wall).astype(np.float32) * 7
 
     module = types.ModuleType("common.data.thickness")
@@ -206,7 +207,36 @@ def test_geometric_thickness_is_measured_from_the_predicted_mask(monkeypatch: py
     assert d["thickness_pred"].shape == d["segmentation"].shape
     assert torch.equal(d["thickness_pred"].affine, d["segmentation"].affine)
     assert d["thickness_measured"].flatten().tolist() == [0, 0, 1, 1, 1]
-    assert asked == {"spacing": [1.0, 2.0, 5.0], "inner": [1], "slicewise": True}
+    expected = {"spacing": [1.0, 2.0, 5.0], "inner": [1], "slicewise": True, "axis": -1, "smallest_cavity": 1}
+    assert asked == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"slicewise": True, "axis": 0}, {"slicewise": True, "axis": 0, "smallest_cavity": 10}], ids=str
+)
+def test_geometric_thickness_of_the_reference_is_the_reference(tmp_path: Path, options: dict[str, object]) -> None:
+    """What the command says of its measurement is enough to repeat it, in the file's own orientation."""
+    label = np.zeros((4, 12, 12), np.uint8)  # rings across the first axis, with 9 and with 16 voxels inside
+    label[:2, 1:8, 1:8], label[:2, 3:6, 3:6] = 2, 1
+    label[2:, 1:9, 1:9], label[2:, 3:7, 3:7] = 2, 1
+    nibabel.save(nibabel.Nifti1Image(label, np.diag([-4.0, 0.5, 0.7, 1.0])), tmp_path / "label.nii.gz")
+    content = {"labels": LABELS, "training": [{"image": "label.nii.gz", "label": "label.nii.gz"}]}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    made = write_thickness_maps(tmp_path / "datalist.json", tmp_path / "out", 2, [1], progress=False, **options)
+    target = GeometricThicknessd.measurable([VOLUME, THICKNESS, *json.loads(made.read_text())["targets"]])
+    keys = ["segmentation", "reference"]
+    files = {"segmentation": tmp_path / "label.nii.gz", "reference": tmp_path / "out/thickness/label.nii.gz"}
+    d = LoadImaged(keys, ensure_channel_first=True)(files)
+    d = GeometricThicknessd(**GeometricThicknessd.arguments(target))(d)
+    assert d["reference"].any()
+    assert torch.equal(d["thickness_pred"].as_tensor(), d["reference"].as_tensor())
+
+
+def test_a_target_that_geometry_cannot_measure() -> None:
+    with pytest.raises(BadInput, match="Add `inner`"):
+        GeometricThicknessd.measurable([VOLUME, THICKNESS])
+    with pytest.raises(BadInput, match=r"thickness is measured in the labels \[1, 2\]"):
+        GeometricThicknessd.arguments({**THICKNESS, "structure": [1, 2], "inner": [3]})
 
 
 def resampled(output: torch.Tensor, spacing: float) -> MetaTensor:

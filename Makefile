@@ -1,5 +1,6 @@
 # make demo             phantoms, three stages, comparisons, report
 # make demo DATA=folder the same on your data (a folder with datalist.json)
+# make label STUDIES=folder  annotate its images with MONAI Label (PLAN=plan.json, PORT=8000)
 # make test             everything that checks the project
 # make lint             ruff
 
@@ -8,6 +9,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DATA   ?=
 OUTPUT ?= output/demo
+LABEL  := .venv-label
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
 
 # What programs keep between runs stays in the checkout, too: of pip, PyTorch, Matplotlib and CUDA. MLflow reports nothing.
 export XDG_CACHE_HOME := $(abspath $(VENV))/cache
@@ -15,7 +19,7 @@ export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
 export CUDA_CACHE_PATH := $(XDG_CACHE_HOME)/nv
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: setup demo test lint
+.PHONY: setup demo label test lint
 
 setup: $(VENV)/.ready
 
@@ -29,7 +33,26 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 demo: setup
 	$(BIN)/python -m common demo --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
 
+label: $(LABEL)/.ready
+	@test -n "$(STUDIES)" || { echo "Name the folder of your images: make label STUDIES=folder"; exit 2; }
+	MONAI_LABEL_SESSION_PATH="$(CURDIR)/$(LABEL)/cache/sessions" $(LABEL)/bin/python -m monailabel.main start_server \
+		--app monailabel_app --studies "$(STUDIES)" --host $(HOST) --port $(PORT) \
+		$(if $(PLAN),--conf plan "$(PLAN)") $(if $(BUNDLES),--conf bundles "$(BUNDLES)")
+
+# MONAI Label wants an older pydicom than we do, so it has an environment of its own.
+LABEL_PIP = $(LABEL)/bin/pip install --quiet --constraint monailabel_app/constraints.txt
+LABEL_FILES := $(addprefix monailabel_app/,constraints.txt requirements.txt finish_environment.py)
+$(LABEL)/.ready: $(LABEL_FILES) pyproject.toml
+	$(PYTHON) -m venv $(LABEL)
+	$(LABEL_PIP) torch
+	$(LABEL_PIP) --editable . --requirement monailabel_app/requirements.txt
+	$(LABEL_PIP) --no-deps monailabel pydicom-seg torchvision
+	$(LABEL)/bin/python monailabel_app/finish_environment.py
+	touch $@
+
 test: setup lint
+	# where MONAI Label can't be installed, the tests of it are skipped and say so
+	-$(MAKE) --no-print-directory $(LABEL)/.ready
 	$(BIN)/python -m pytest
 
 lint: setup

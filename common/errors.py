@@ -13,6 +13,7 @@ __all__ = ["BadInput", "explain", "find_bad_input", "report_plainly", "root_caus
 
 TRACEBACK_VARIABLE = "BUNDLES_TRACEBACK"
 # A data-loading worker sends its exception as text; this recovers the message from it.
+_WHILE_HANDLING = "During handling of the above exception, another exception occurred:"
 _IN_WORKER_TEXT = re.compile(r"^(?:\S+\.)?BadInput: (.*?)(?=\n\n|\n\S*Traceback|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -23,13 +24,25 @@ class BadInput(ValueError):
     """
 
 
+def _reason(error: BaseException) -> BaseException | None:
+    """What ``error`` was raised from; None where it is an error of its own.
+
+    One that merely came up while another was handled is a second fault, as when a way round the first one fails, and to
+    show the first in its place would hide it. It is the first in other words when it quotes it.
+    """
+    if error.__cause__ is not None or error.__suppress_context__:
+        return error.__cause__
+    before = error.__context__
+    return before if before is not None and str(before) and str(before) in str(error) else None
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = current.__cause__ or current.__context__
+        current = _reason(current)
 
 
 def find_bad_input(error: BaseException) -> str | None:
@@ -39,7 +52,7 @@ def find_bad_input(error: BaseException) -> str | None:
         # What a data-loading worker raised comes back as the same class, with the traceback's text as its message.
         if isinstance(link, BadInput) and not text.startswith("Caught BadInput in "):
             return text
-        found = _IN_WORKER_TEXT.findall(text)
+        found = _IN_WORKER_TEXT.findall(text.rpartition(_WHILE_HANDLING)[2])
         if found:
             return found[-1].strip()
     return None

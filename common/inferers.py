@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from monai.inferers import SlidingWindowInferer
-from torch import Tensor
+from torch import Tensor, nn
 
 from .engines.precision import precision
 from .errors import BadInput
@@ -18,6 +18,9 @@ __all__ = ["SlidingWindow"]
 
 class SlidingWindow(SlidingWindowInferer):
     """MONAI's sliding-window inferer with Gaussian blending, as nnU-Net predicts.
+
+    Windows go to the network's device; they are blended where the image is. An image on the CPU is so predicted on an
+    accelerator that holds a few windows and nothing of the volume's size.
 
     Args:
         roi_size: window in voxels, the patch size of the training.
@@ -64,8 +67,10 @@ class SlidingWindow(SlidingWindowInferer):
         self.average = average
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Predict a batch of volumes (B, C, *spatial)."""
-        dtype = precision(self.amp, inputs.device)
+        """Predict a batch of volumes (B, C, *spatial); the result is on their device."""
+        weight = next(network.parameters(), inputs) if isinstance(network, nn.Module) else inputs
+        device = weight.device
+        dtype = precision(self.amp, device)
         flips = chain.from_iterable(combinations(self.mirror_axes, n) for n in range(len(self.mirror_axes) + 1))
         dims = [[axis + 2 for axis in axes] for axes in flips]
 
@@ -74,12 +79,13 @@ class SlidingWindow(SlidingWindowInferer):
             return output.float().softmax(1) if self.average == "probabilities" else output
 
         def predict(window: Tensor, *more: Any, **named: Any) -> Tensor:
+            home, window = window.device, window.to(device)
             total = once(window, *more, **named)
             for axes in dims[1:]:
                 total = total + once(window.flip(axes), *more, **named).flip(axes)
-            return total / len(dims)
+            return (total / len(dims)).to(home)
 
-        with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
             output = super().__call__(inputs, predict, *args, **kwargs)
         # A class that no window sees at all has no logarithm.
         return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.average == "probabilities" else output

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from .data.datalist import case_name, read_datalist, read_grid
 from .errors import BadInput
+from .files import write_atomically
 
 __all__ = [
     "Topology",
@@ -48,6 +49,7 @@ SMALLEST_FEATURE_MAP = 4
 SMALLEST_BATCH = 2
 LARGEST_SHARE_OF_DATASET = 0.05
 CONVOLUTIONS_PER_STAGE = 2
+STAGES_OF_THE_CONFIGS = 4
 FOREGROUND_SAMPLES_PER_CASE = 10000
 NOT_TARGETS = ("image", "label", "annotated", "patient")
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff")
@@ -467,7 +469,8 @@ def make_plan(
     Returns:
         A config overlay: spatial_dims, channels, labels, targets, spacing, patch_size, batch_size, intensity, features,
         kernel_sizes, strides, and thick_axis: the axis of a patch that is more than three times flatter than it is
-        wide (augment in the plane across it), or None.
+        wide (augment in the plane across it), or None. A network too shallow for the stages that the configs align and
+        attend at (fewer than four stages) gets alignment_stages and attention_stages, too.
 
     Raises:
         BadInput: there are no training cases, a file can't be read, files disagree, or nothing fits the memory.
@@ -519,6 +522,10 @@ def _plan(
         "strides": [list(stage) for stage in topology.strides],
         "thick_axis": thick if flat else None,
     }
+    stages = len(topology.strides)
+    if stages < STAGES_OF_THE_CONFIGS:
+        plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
+        plan["attention_stages"] = list(range(stages - 1))[-1:]
     return plan, findings
 
 
@@ -576,7 +583,6 @@ def main(args: argparse.Namespace) -> int:
     memory = parse_memory(args.memory)
     plan, findings = _plan(content, args.width, args.max_width, memory, args.spacing, progress=True)
     print(_explain(content, findings, plan, memory))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(plan, indent=1) + "\n")
+    write_atomically(output, json.dumps(plan, indent=1) + "\n")
     print(f"plan: {output}")
     return 0

@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from common.errors import BadInput, find_bad_input
+from common.errors import BadInput, explain, find_bad_input, root_cause
 
 MESSAGE = "case_7.nii.gz: found a NaN, expected finite voxels.\n  Repair or remove the file."
 
@@ -25,21 +26,57 @@ def chained(*errors: BaseException) -> BaseException:
 
 
 class Broken(Dataset):
-    """Its one item can't be read; ``wrapped`` as MONAI's transforms report that."""
+    """Its one item can't be read; ``fail`` says how that is reported."""
 
-    def __init__(self, wrapped: bool) -> None:
-        self.wrapped = wrapped
+    def __init__(self, fail: Callable[[], None]) -> None:
+        self.fail = fail
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> None:
-        try:
-            raise BadInput(MESSAGE)
-        except BadInput as error:
-            if self.wrapped:
-                raise RuntimeError("applying transform <Load>") from error
-            raise
+        self.fail()
+
+
+def plain() -> None:
+    raise BadInput(MESSAGE)
+
+
+def wrapped() -> None:
+    """As MONAI's transforms do."""
+    try:
+        plain()
+    except BadInput as error:
+        raise RuntimeError("applying transform <Load>") from error
+
+
+def quoted() -> None:
+    try:
+        plain()
+    except BadInput as error:
+        raise RuntimeError(f"case 7: {error}")  # noqa: B904
+
+
+def replaced() -> None:
+    try:
+        plain()
+    except BadInput:
+        raise RuntimeError("another way was found, and led nowhere") from None
+
+
+def followed_by_another() -> None:
+    """A mistake of the program, in what it does about the first error."""
+    try:
+        plain()
+    except BadInput:
+        [][1]
+
+
+def caused_by_another() -> None:
+    try:
+        followed_by_another()
+    except IndexError as error:
+        raise RuntimeError("applying transform <Load>") from error
 
 
 def test_found_however_often_it_was_wrapped():
@@ -48,25 +85,34 @@ def test_found_however_often_it_was_wrapped():
     assert find_bad_input(BadInput(MESSAGE)) == MESSAGE
 
 
-def fail_while_handling() -> None:
-    try:
-        raise BadInput(MESSAGE)
-    except BadInput:
-        raise RuntimeError("while cleaning up")  # noqa: B904
-
-
-def test_found_where_it_was_being_handled():
-    with pytest.raises(RuntimeError, match="cleaning up") as caught:
-        fail_while_handling()
+@pytest.mark.parametrize("fail", [plain, wrapped, quoted])
+def test_found_behind_an_error_that_passes_it_on(fail):
+    with pytest.raises((BadInput, RuntimeError)) as caught:
+        fail()
     assert find_bad_input(caught.value) == MESSAGE
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_found_in_the_text_that_a_loading_process_sends(wrapped):
+@pytest.mark.parametrize("fail", [replaced, followed_by_another, caused_by_another])
+def test_not_found_behind_an_error_of_its_own(fail):
+    with pytest.raises((RuntimeError, IndexError)) as caught:
+        fail()
+    assert find_bad_input(caught.value) is None
+    assert explain(caught.value) is None
+    assert isinstance(root_cause(caught.value), RuntimeError if fail is replaced else IndexError)
+
+
+@pytest.mark.parametrize("fail", [plain, wrapped])
+def test_found_in_the_text_that_a_loading_process_sends(fail):
     with pytest.raises((BadInput, RuntimeError)) as caught:
-        next(iter(DataLoader(Broken(wrapped), num_workers=1)))
+        next(iter(DataLoader(Broken(fail), num_workers=1)))
     assert find_bad_input(caught.value) == MESSAGE
     assert find_bad_input(chained(caught.value, RuntimeError("config"))) == MESSAGE
+
+
+def test_not_found_in_the_text_of_an_error_of_its_own():
+    with pytest.raises(IndexError, match="BadInput") as caught:
+        next(iter(DataLoader(Broken(followed_by_another), num_workers=1)))
+    assert find_bad_input(caught.value) is None
 
 
 def test_other_errors_have_none():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
@@ -44,6 +46,28 @@ def test_mirrored_predictions_are_averaged_by_hand():
     mirrored = SlidingWindow((1, 4), amp=False, mirror_axes=[1])(image, network)
     # mirrored back: (5-1, 1-2, 2-4, 4-5) = (4, -1, -2, -1); the mean with (1, 2, 1, -4):
     assert mirrored.flatten().tolist() == pytest.approx([2.5, 0.5, -0.5, -2.5])
+
+
+def test_windows_go_to_the_network_and_are_blended_beside_the_image(monkeypatch):
+    """A device without memory stands for an accelerator, as far as torch lets it."""
+
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+            self.seen = []
+
+        def forward(self, window: Tensor) -> Tensor:
+            self.seen.append(window.device.type)
+            return torch.ones(window.shape)
+
+    entered = []
+    monkeypatch.setattr(torch, "autocast", lambda device, *_, **__: entered.append(device) or nullcontext())
+    network = Elsewhere()
+    found = SlidingWindow((8, 8), amp=False)(torch.zeros(1, 1, 12, 8), network)
+    assert network.seen == entered == ["meta"]
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, torch.ones(1, 1, 12, 8))
 
 
 @pytest.mark.parametrize(("axes", "passes"), [((), 1), ((0,), 2), ((0, 1), 4), ((0, 1, 2), 8)])

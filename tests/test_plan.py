@@ -282,6 +282,19 @@ def test_two_dimensional_images(tmp_path: Path) -> None:
     assert all(len(stage) == 2 for stage in plan["strides"] + plan["kernel_sizes"])
 
 
+@pytest.mark.parametrize(
+    ("side", "stages"), [(7, [[0], []]), (12, [[0, 1], [0]]), (28, [[1, 2], [1]]), (32, [None, None])]
+)
+def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[Any], tmp_path: Path) -> None:
+    """The configs' own stages are those of four and more."""
+    label = np.ones((side, side), np.uint8)
+    entry = {key: write(tmp_path / f"files/{key}.nii.gz", label, np.eye(4)) for key in ("image", "label")}
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"labels": {"0": "background", "1": "lesion"}, "training": [entry]}))
+    plan = make_plan(path)
+    assert [plan.get(key) for key in ("alignment_stages", "attention_stages")] == stages
+
+
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -13,6 +13,7 @@ from .datalist import (
     read_datalist,
 )
 from .inputs import find_cases
+from .partial import organ_cases, unknown_as_background
 from .phantom import generate_phantoms
 from .streams import EpochSampler, SeededDataset, StreamLoader, collate_plain, make_loader, whole_cases
 from .thickness import wall_thickness
@@ -32,7 +33,9 @@ __all__ = [
     "generate_phantoms",
     "load_section",
     "make_loader",
+    "organ_cases",
     "read_datalist",
+    "unknown_as_background",
     "wall_thickness",
     "whole_cases",
 ]

@@ -385,7 +385,8 @@ def check_cases(
     """Check cases by their headers, which takes milliseconds a case, so that a run does not stop at its hundredth.
 
     Every file opens; label and dense targets are on the image's grid; the images have ``channels`` channels; case-level
-    targets are numbers; ``annotated`` names known ids; no patient is in training and in validation.
+    targets are numbers; ``annotated`` names known ids, and at least one structure; no patient is in training and in
+    validation.
 
     Args:
         entries: entries of :func:`load_section`; any of ``label`` and the targets may be absent.
@@ -460,10 +461,15 @@ def _case_problems(
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             problems.append(f"{case}: `{target['name']}` is {value!r}; expected a number (a {target['kind']} a case)")
-    if labels is not None:
-        unknown = [str(key) for key in entry.get("annotated", []) if str(key) not in map(str, labels)]
+    if labels is not None and entry.get("annotated") is not None:
+        unknown = [str(key) for key in entry["annotated"] if str(key) not in map(str, labels)]
         if unknown:
             problems.append(f"{case}: `annotated` names the ids {unknown}; `labels` has {list(labels)}")
+        if entry.get("label") is not None and not any(str(key) != "0" for key in entry["annotated"]):
+            problems.append(
+                f"{case}: `annotated` is {entry['annotated']}, which names no structure; list the ids that the label "
+                "speaks of, or leave `annotated` out where it speaks of all. A case without a label goes to `unlabeled`"
+            )
     return problems
 
 

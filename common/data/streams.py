@@ -100,14 +100,29 @@ def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
         items: dicts, or lists of dicts (transforms that take several samples of a case return those).
 
     Returns:
-        Tensors and numbers batched along a new first axis; ``annotated`` as a list with each item's ids, or None for an
-        item where all structures are; other entries (paths, metadata) are left out.
+        Tensors and numbers batched along a new first axis; a number that only some cases have is NaN for the others, as
+        for targets that an entry lacks; ``annotated`` as a list with each item's ids, or None for an item where all
+        structures are; other entries (paths, metadata, a patient's name) are left out.
+
+    Raises:
+        BadInput: only some cases have a map, so that nobody knows which value says "missing" in it.
     """
     flat = [case for item in items for case in (item if isinstance(item, (list, tuple)) else [item])]
     batch: dict[str, Any] = {}
-    for key, value in flat[0].items():
-        if isinstance(value, (torch.Tensor, np.ndarray, np.number, int, float)) and not isinstance(value, bool):
-            batch[key] = default_collate([_plain(case[key]) for case in flat])
+    for key in dict.fromkeys(key for case in flat for key in case):
+        values = [_plain(case.get(key)) for case in flat]
+        known = [value for value in values if value is not None]
+        if not known or not all(map(_is_numeric, known)):
+            continue
+        if len(known) == len(flat):
+            batch[key] = default_collate(values)
+        elif any(np.ndim(value) for value in known):
+            raise BadInput(
+                f"only {len(known)} of {len(flat)} cases of a batch have the map {key!r}; give the others one, too, or "
+                "describe it in `targets`, so that it is filled with its `missing` value"
+            )
+        else:
+            batch[key] = torch.tensor([float("nan") if value is None else float(value) for value in values])
     if any(case.get("annotated") is not None for case in flat):
         batch["annotated"] = [case.get("annotated") for case in flat]
     return batch
@@ -115,6 +130,10 @@ def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.as_tensor() if isinstance(value, MetaTensor) else value
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray, np.number, int, float)) and not isinstance(value, bool)
 
 
 def make_loader(
@@ -132,13 +151,13 @@ def make_loader(
         batch_size: cases a batch, for this process.
         seed: seed of the run.
         num_workers: loading processes, kept from epoch to epoch; 0 loads in this one.
-        iterations: batches an epoch; by default as many as see each case once.
+        iterations: batches an epoch; by default as many as see each case once, in all processes together.
         pin_memory: pin the batches for a faster copy to an accelerator.
     """
     if batch_size < 1:
         raise BadInput(f"`batch_size` is {batch_size}; expected 1 or more")
     if iterations is None:
-        iterations = -(-len(dataset) // batch_size)
+        iterations = -(-len(dataset) // (batch_size * _share()[1]))
     return DataLoader(
         SeededDataset(dataset),
         batch_size=batch_size,

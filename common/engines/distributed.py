@@ -7,7 +7,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from ..errors import BadInput
+from ..errors import BadInput, report_plainly
 
 __all__ = ["distributed_device", "start_distributed", "stop_distributed"]
 
@@ -23,10 +23,12 @@ def start_distributed() -> None:
     Raises:
         BadInput: when the process was not started by torchrun.
     """
+    report_plainly()  # the first thing that such a run does
     if "LOCAL_RANK" not in os.environ:
         raise BadInput(
-            "multi_gpu_train.json needs torchrun: torchrun --standalone --nproc_per_node=N -m monai.bundle run "
-            "--config_file \"['train.json','multi_gpu_train.json']\""
+            "multi_gpu_train.json was run in a process of its own; torchrun starts one a GPU. Run: torchrun "
+            "--standalone --nproc_per_node=GPUS -m monai.bundle run --config_file \"['CONFIGS/train.json',"
+            "'CONFIGS/multi_gpu_train.json']\", or leave multi_gpu_train.json out for one device."
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed_device())

@@ -18,10 +18,18 @@ from ..errors import BadInput
 from ..networks import hand_over, load_frozen, read_weights, state_digest
 from .configuration import running_config
 
-__all__ = ["load_teacher", "load_weights", "read_record", "selected_on", "start_from", "trained_settings"]
+__all__ = [
+    "differences",
+    "load_teacher",
+    "load_weights",
+    "read_record",
+    "selected_on",
+    "start_from",
+    "trained_settings",
+]
 
 # What an image must be for the weights to mean anything, and what their output means.
-DATA = ("labels", "channels", "spacing", "intensity", "spatial_dims")
+DATA = ("labels", "organ", "channels", "spacing", "intensity", "spatial_dims")
 # What a network has for its training alone.
 TRAINING_ONLY = ("dropout", "deep_supervision")
 # A target's other keys say how its maps were made or are compared.
@@ -65,7 +73,20 @@ def _targets(targets: Any) -> Any:
     return [{"kind": "dense", **{key: t[key] for key in TARGET if key in t}} for t in targets]
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) -> list[str]:
+def _short(value: Any) -> Any:
+    """One number where there is the same one for each axis, as configs may say either."""
+    alike = isinstance(value, list) and len(value) > 1 and all(item == value[0] for item in value)
+    return value[0] if alike and isinstance(value[0], int) else value
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) -> list[str]:
+    """What differs between two :func:`trained_settings`, in words; what only one of them has does not count.
+
+    Args:
+        before: those that some weights were trained with.
+        now: those that they are to be used with.
+        own: whether network and targets must be the same, too, as for the bundle that trained the weights.
+    """
     pairs = {key: (before.get(key), now.get(key)) for key in DATA}
     if own:
         pairs["targets"] = _targets(before.get("targets")), _targets(now.get("targets"))
@@ -77,13 +98,13 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) -
     return [
         f"{name}: trained with {then}, found {found}"
         for name, (then, found) in pairs.items()
-        if then is not None and found is not None and then != found
+        if then is not None and found is not None and _short(then) != _short(found)
     ]
 
 
 def _check_origin(model_path: str | Path, source: str, own: bool = False) -> None:
     """Compare with what the weights were trained for; when this bundle trained them, network and targets as well."""
-    found = _differences(read_record(model_path).get("config", {}), trained_settings(running_config()), own)
+    found = differences(read_record(model_path).get("config", {}), trained_settings(running_config()), own)
     if found:
         raise BadInput(
             f"{source} {model_path}: they were trained with other settings than those they are to be used with:\n  "

@@ -33,7 +33,8 @@ def start(seed: int | None, device: str | torch.device | None = None) -> None:
     report_plainly()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*TF32.*|.*lr_scheduler.step.*|.*torch.jit.*")
+    warnings.filterwarnings("ignore", message=".*TF32.*|.*lr_scheduler.step.*|.*torch.jit.*|.*nvImageCodec.*")
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     if seed is not None:
         set_determinism(int(seed))
     kind = torch.device(device or "cpu").type

@@ -16,6 +16,7 @@ from torch import nn
 from ..errors import BadInput
 from ..files import write_atomically
 from ..networks import check_finite, save_weights
+from ..switches import is_on
 
 __all__ = ["Checkpoint"]
 
@@ -63,7 +64,7 @@ class Checkpoint:
         self.checkpoint_path = Path(output_dir) / "checkpoint.pt"
         self.best_path = Path(output_dir) / "best.pt"
         self.model_path = Path(model_path)
-        self.resume = resume
+        self.resume = is_on(resume, "resume")
         self.select = select
         self.evaluator = evaluator
         self.best: float | None = None

@@ -33,8 +33,9 @@ class LockIn:
     Locking happens when the handler is made, so that an optimiser made after it can be given
     :meth:`trainable_parameters`: no gradients for the locked parameters, and evaluation mode for the locked modules
     (norm statistics, dropout) through every later ``network.train()``. When training starts, the digest of the locked
-    parameters and buffers is taken; when it completes, the digest is taken again and must be the same. Put this handler
-    before the one that writes weights.
+    parameters and buffers is taken; when it completes, the digest is taken again and must be the same. It must so
+    before the first epoch, too, when a resumed run has read its checkpoint. Put this handler before the one that reads
+    checkpoints and writes weights.
 
     Args:
         network: the network that will be deployed.
@@ -43,8 +44,8 @@ class LockIn:
 
     Raises:
         BadInput: a pattern that matches nothing.
-        LockInBroken: at the start, when an optimiser of the engine holds a locked parameter; at the end, when the
-            digest differs.
+        LockInBroken: at the start, when an optimiser of the engine holds a locked parameter, or a checkpoint changed
+            what is locked; at the end, when the digest differs.
     """
 
     def __init__(self, network: nn.Module, patterns: Sequence[str]) -> None:
@@ -63,6 +64,7 @@ class LockIn:
                 module.train = MethodType(_stay_in_evaluation_mode, module)
                 module.eval()
         self.before = ""
+        self._begun = False
         self._tensors: dict[str, str] = {}
 
     def _matches(self, name: str) -> bool:
@@ -84,6 +86,7 @@ class LockIn:
     def attach(self, engine: Engine) -> None:
         """Take the digest when ``engine`` starts, compare it when it completes."""
         engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._check_checkpoint)
         engine.add_event_handler(Events.COMPLETED, self._prove)
 
     def _begin(self, engine: Engine) -> None:
@@ -91,7 +94,8 @@ class LockIn:
         for optimizer in optimizers.values() if isinstance(optimizers, Mapping) else [optimizers]:
             self._refuse_locked(optimizer)
         self.before = self.digest()
-        self._tensors = {name: state_digest({name: value}) for name, value in self.locked_state().items()}
+        self._begun = False
+        self._tensors = self._digests()
 
     def _refuse_locked(self, optimizer: Optimizer) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -102,18 +106,34 @@ class LockIn:
                     "after the lock-in, from its trainable_parameters()."
                 )
 
+    def _digests(self) -> dict[str, str]:
+        return {name: state_digest({name: value}) for name, value in self.locked_state().items()}
+
+    def _changed(self) -> list[str]:
+        """Names of the locked tensors that are not as they were when training started."""
+        now = self._digests()
+        return [name for name in {**self._tensors, **now} if now.get(name) != self._tensors.get(name)]
+
+    def _check_checkpoint(self, engine: Engine) -> None:
+        # Whatever reads a checkpoint has done so when training started, but perhaps after this handler.
+        if self._begun:
+            return
+        self._begun = True
+        changed = self._changed()
+        if changed:
+            raise LockInBroken(
+                f"lock-in: the checkpoint to resume from has other values for {len(changed)} locked tensors than the "
+                f"weights this run was given to lock, first {changed[0]!r}. Give the weights that the run was begun "
+                "with, or begin a new one: --resume false, or another output_dir."
+            )
+
     def _prove(self, engine: Engine) -> None:
-        after = self.digest()
-        if after != self.before:
-            changed = [
-                name
-                for name, value in self.locked_state().items()
-                if state_digest({name: value}) != self._tensors[name]
-            ]
+        changed = self._changed()
+        if changed:
             raise LockInBroken(
                 f"lock-in: {len(changed)} locked tensors changed during training, first {changed[0]!r}. No weights "
                 "were written. Something other than the optimiser moved them: a moving average, a norm layer in "
                 "training mode."
             )
         if self._tensors:
-            logger.info("Lock-in holds: %d tensors unchanged, digest %s", len(self._tensors), after[:12])
+            logger.info("Lock-in holds: %d tensors unchanged, digest %s", len(self._tensors), self.before[:12])

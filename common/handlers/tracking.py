@@ -115,8 +115,12 @@ class _Run(MLFlowHandler):
         self._log_metrics(_finite(engine.state.metrics), engine.state.epoch)
 
     def _fail(self, engine: Engine, error: BaseException) -> None:
-        if self.cur_run is not None:
+        if self.cur_run is None:
+            return
+        try:
             self.client.set_terminated(self.cur_run.info.run_id, "FAILED")
+        except Exception as second:  # whatever it is, the first error is the one to be told
+            logger.warning("MLflow was not told that the run failed: %s", second)
 
 
 class Tracking(_Run):

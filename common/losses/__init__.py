@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .alignment import FeatureAlignment
 from .consistency import ConfidenceMaskedConsistency, distillation_loss
+from .focal import FocalDiceLoss
 from .partial_labels import merge_unknown, unknown_classes
 from .regression import MaskedRegression, target_mask
 from .schedules import ema_decay, sigmoid_ramp_up
@@ -26,6 +27,7 @@ __all__ = [
     "Disagreement",
     "Estimate",
     "FeatureAlignment",
+    "FocalDiceLoss",
     "HighestProbability",
     "MaskedRegression",
     "NormalizedEntropy",

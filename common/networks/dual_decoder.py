@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..switches import is_on
 from .attention import AnatomyCrossAttention, _check_kernel, _soft_edges
 from .unet import Decoder, Encoder, PerAxis
 
@@ -209,6 +210,7 @@ class DualDecoderNetwork(nn.Module):
         segmentation_gradient: bool = True,
     ) -> None:
         super().__init__()
+        prior = is_on(prior, "prior")
         self.encoder = Encoder(
             spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
         )

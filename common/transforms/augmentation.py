@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
+    AffineGrid,
     ClassesToIndicesd,
     Compose,
     CopyItemsd,
@@ -21,6 +22,7 @@ from monai.transforms import (
     MapTransform,
     RandAdjustContrastd,
     RandAffined,
+    RandAffineGrid,
     RandCoarseDropoutd,
     RandCropByLabelClassesd,
     RandFlipd,
@@ -130,6 +132,7 @@ def supervised_augmentation(
     patch_size: Sequence[int],
     keys: Sequence[str] = ("image", "label"),
     targets: Sequence[Mapping[str, Any]] = (),
+    spacing: Sequence[float] | None = None,
     thick_axis: int | None = None,
     scale: Sequence[float] | None = (0.7, 1.4),
     rotation: float | None = None,
@@ -137,19 +140,22 @@ def supervised_augmentation(
     mirror_axes: Sequence[int] | None = None,
     intensity: bool = True,
 ) -> Compose:
-    """nnU-Net v2's augmentation of patches of ``patch_size``.
+    """nnU-Net v2's augmentation of patches of ``patch_size``, but for rotations, which are in mm rather than in voxels.
 
     Args:
         patch_size: voxels a spatial axis.
         keys: ``image``, ``label`` and dense targets move together; only ``image`` changes its intensities.
         targets: descriptions of the regression targets.
+        spacing: voxel size in mm, one number a spatial axis, so that what is rotated keeps its shape and its lengths;
+            None takes voxels for cubes.
         thick_axis: the axis along which voxels are much thicker, if any: no rotation out of its plane, nor scaling or
             low-resolution simulation along it.
         scale: smallest and largest magnification, probability 0.2; None for none, as targets in mm need, since a
             magnified wall would be thicker than its map says.
         rotation: largest angle in degrees, probability 0.2; by default 30, and 180 in 2D and with a ``thick_axis``.
             0 for none.
-        rotation_axes: the axes to rotate about in 3D; by default all three, or only a ``thick_axis``.
+        rotation_axes: the axes to rotate about in 3D; by default all three, or only a ``thick_axis``, or for lengths
+            that are measured slice by slice only that of the largest ``spacing``.
         mirror_axes: the axes to mirror, each with probability 0.5; by default all. Leave out left-right (0 in RAS)
             where sides are told apart.
         intensity: whether to change intensities.
@@ -158,19 +164,34 @@ def supervised_augmentation(
         A transform of a patch; labels come out as int64, maps and images as float32.
 
     Raises:
-        BadInput: ``scale`` is given along with a dense target that is a length, or makes no sense.
+        BadInput: along with a dense target that is a length ``scale`` is given, or ``rotation`` without ``spacing``;
+            or one of these makes no sense.
     """
     maps, missing = _maps(keys, targets)
+    of_length = [t for t in targets if t["name"] in missing and t.get("unit", "") in _LENGTHS]
+    lengths = [target["name"] for target in of_length]
     rank = len(patch_size)
     thick = thick_axis % rank if thick_axis is not None and rank == 3 else None
     if rotation is None:
         rotation = 30.0 if rank == 3 and thick is None else 180.0
     steps: list[Callable] = []
     if rotation:
-        axes = rotation_axes if rotation_axes is not None else (range(3) if thick is None else (thick,))
-        steps.append(_affine(maps, rank, probability=0.2, rotation=rotation, axes=axes))
+        if lengths and spacing is None:
+            raise BadInput(
+                f"`spacing` is null, so rotations would change the lengths in {lengths} wherever voxels are no cubes; "
+                "give the voxel size, or set `rotation` to 0"
+            )
+        if rotation_axes is not None:
+            axes = rotation_axes
+        elif thick is not None:
+            axes = (thick,)
+        elif rank == 3 and any(target.get("slicewise") for target in of_length):
+            # What is measured in slices would change out of their plane; of equal spacings none tells which it is.
+            axes = [axis for axis in range(3) if spacing[axis] > max(spacing[axis - 1], spacing[axis - 2])]
+        else:
+            axes = range(3)
+        steps.append(_affine(maps, rank, probability=0.2, rotation=rotation, axes=axes, spacing=spacing))
     if scale is not None:
-        lengths = [t["name"] for t in targets if t["name"] in missing and t.get("unit", "") in _LENGTHS]
         if lengths:
             raise BadInput(
                 f"`scale` {list(scale)} magnifies the image but not the lengths in {lengths}; set it to null"
@@ -188,6 +209,7 @@ def supervised_augmentation(
 def weak_and_strong(
     patch_size: Sequence[int],
     keys: Sequence[str] = ("image",),
+    spacing: Sequence[float] | None = None,
     rotation: float = 10.0,
     translation: float = 0.05,
     thick_axis: int | None = None,
@@ -203,6 +225,7 @@ def weak_and_strong(
     Args:
         patch_size: voxels a spatial axis.
         keys: what moves with ``image``: labels and dense targets where there are any.
+        spacing: voxel size in mm, one number a spatial axis; None takes voxels for cubes.
         rotation: largest angle of the weak view in degrees.
         translation: largest shift of the weak view, as a share of the patch.
         thick_axis: the axis along which voxels are much thicker, if any: it is not rotated out of its plane, nor
@@ -225,7 +248,7 @@ def weak_and_strong(
     axes = range(3) if thick is None else (thick,)
     steps: list[Callable] = list(_mirroring(maps, rank, mirror_axes))
     if rotation or translation:
-        steps.append(_affine(maps, rank, weak_probability, rotation, axes, shift))
+        steps.append(_affine(maps, rank, weak_probability, rotation, axes, shift, spacing))
     steps += [_typed(maps), CopyItemsd("image", names="strong")]
     steps += _intensity("strong", rank, thick, strong_probability)
     if cutout is not None:
@@ -253,6 +276,32 @@ def _typed(maps: Sequence[str]) -> EnsureTyped:
     return EnsureTyped(maps, dtype=types, track_meta=False, allow_missing_keys=True)
 
 
+class _AffineGridInPhysicalSpace(RandAffineGrid):
+    """``RandAffineGrid`` whose matrix acts in physical space.
+
+    Args:
+        voxel: the voxel's sides, in any unit, which is that of ``translate_range``, too.
+        ranges: as those of ``RandAffineGrid``.
+    """
+
+    def __init__(self, voxel: Sequence[float], **ranges: Any) -> None:
+        super().__init__(**ranges)
+        self.voxel = torch.tensor([*voxel, 1.0])
+
+    def __call__(
+        self,
+        spatial_size: Sequence[int] | None = None,
+        grid: torch.Tensor | None = None,
+        randomize: bool = True,
+        lazy: bool | None = None,
+    ) -> torch.Tensor:
+        super().__call__(grid.shape[1:], randomize=randomize, lazy=True)
+        # S^-1 A S with the voxel's sides in the diagonal of S; formed so, equal sides change no bit of A.
+        matrix = self.affine * (self.voxel[None] / self.voxel[:, None]).to(self.affine)
+        moved, self.affine = AffineGrid(affine=matrix, device=self.device, dtype=self.dtype)(grid=grid)
+        return moved
+
+
 def _affine(
     maps: Sequence[str],
     rank: int,
@@ -260,18 +309,28 @@ def _affine(
     rotation: float,
     axes: Sequence[int],
     translation: Sequence[float] | None = None,
+    spacing: Sequence[float] | None = None,
 ) -> RandAffined:
+    """Rotation about some ``axes`` by degrees, and ``translation`` in voxels."""
+    spacing = [1.0] * rank if spacing is None else [float(size) for size in spacing]
+    if len(spacing) != rank or min(spacing) <= 0:
+        raise BadInput(f"`spacing` is {spacing}; expected {rank} positive numbers of mm, as `patch_size` has axes")
     angle = math.radians(rotation)
-    return RandAffined(
+    voxel = [size / min(spacing) for size in spacing]
+    transform = RandAffined(
         maps,
         prob=probability,
-        rotate_range=[angle] if rank == 2 else [angle if axis in axes else 0.0 for axis in range(3)],
-        translate_range=translation,
         mode=_modes(maps, "bilinear", "nearest"),
         # The same for all keys: what comes in from outside the patch has the label of the voxel it was mirrored from.
         padding_mode="reflection",
         allow_missing_keys=True,
     )
+    transform.rand_affine.rand_affine_grid = _AffineGridInPhysicalSpace(
+        voxel,
+        rotate_range=[angle] if rank == 2 else [angle if axis in axes else 0.0 for axis in range(3)],
+        translate_range=None if translation is None else [t * side for t, side in zip(translation, voxel, strict=True)],
+    )
+    return transform
 
 
 def _mirroring(maps: Sequence[str], rank: int, axes: Sequence[int] | None) -> list[Callable]:

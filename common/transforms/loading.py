@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,9 @@ class LoadCased(MapTransform):
 
     The key ``image`` becomes a float32 ``MetaTensor`` (C, *spatial); ``label`` an integer one (1, *spatial); a dense
     target a float32 one (1, *spatial); a case-level target a float32 scalar tensor, NaN where the entry has none. A
-    dense target that a labelled entry lacks is a map of its ``missing`` value. Other keys are left as they are. NIfTI
-    is read by nibabel, all else (NRRD, MHA, a folder with a DICOM series) by ITK; several files for one image are its
-    channels.
+    dense target that a labelled entry lacks is a map of its ``missing`` value. Other keys are left as they are; with
+    ``completed`` among them, the label may hold more than the entry is ``annotated`` for. NIfTI is read by nibabel, all
+    else (NRRD, MHA, a folder with a DICOM series) by ITK; several files for one image are its channels.
 
     Args:
         keys: what to load: ``image``, ``label``, names of targets.
@@ -39,7 +41,8 @@ class LoadCased(MapTransform):
 
     Raises:
         BadInput: a file can't be read, holds NaN or infinite voxels, has the wrong number of channels, label ids that
-            are not in ``labels``, or lies on another grid than the image.
+            are not in ``labels`` or not among those the case is ``annotated`` for, or lies on another grid than the
+            image.
     """
 
     def __init__(
@@ -59,7 +62,10 @@ class LoadCased(MapTransform):
         self.channels = channels
         self.targets = {key: described[key] for key in self.keys if key in described}
         # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
-        self.load = LoadImage(image_only=True, ensure_channel_first=True, simple_keys=True)
+        with warnings.catch_warnings():
+            # MONAI tries all its readers, and warns of a decoder for GPUs that none of the files needs.
+            warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
+            self.load = LoadImage(image_only=True, ensure_channel_first=True, simple_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load what ``data`` names; see the class."""
@@ -73,7 +79,10 @@ class LoadCased(MapTransform):
         else:
             grid = read_grid(image_path)
         if "label" in self.keys and self._present(case, "label", image_path):
-            case["label"] = self._map("label", case["label"], grid, image_path, self._label)
+            # What predictions have completed holds more than the case is annotated for.
+            annotated = None if case.get("completed") else case.get("annotated")
+            convert = partial(self._label, annotated=annotated)
+            case["label"] = self._map("label", case["label"], grid, image_path, convert)
         for name, target in self.targets.items():
             case[name] = self._target(target, case, grid, image_path)
             if case[name] is None:
@@ -124,7 +133,7 @@ class LoadCased(MapTransform):
         value.affine = torch.as_tensor(to_affine_nd(value.ndim - 1, grid.affine), dtype=torch.float64)
         return value
 
-    def _label(self, value: MetaTensor, path: Any) -> MetaTensor:
+    def _label(self, value: MetaTensor, path: Any, annotated: Sequence[int] | None = None) -> MetaTensor:
         array = value.as_tensor().numpy()
         rounded = np.round(array)
         if not np.isfinite(array).all() or np.abs(array - rounded).max(initial=0) > _ROUNDING:
@@ -140,6 +149,12 @@ class LoadCased(MapTransform):
             expected = ", ".join(f"{identity} {name}" for identity, name in self.labels.items())
             raise BadInput(
                 f"label {_path(path)} holds the ids {found[:20]}; {unknown[:20]} are not in `labels` ({expected})"
+            )
+        known = {0, *map(int, annotated)} if annotated is not None else set(found)
+        if not known.issuperset(found):
+            raise BadInput(
+                f"label {_path(path)} holds the ids {found[:20]}, but the case's `annotated` is {list(annotated)}: add "
+                "the ids that the label speaks of, or take the others out of the file"
             )
         return value.round().to(torch.uint8 if small else torch.int16)
 

@@ -18,6 +18,7 @@ from monai.transforms import (
 )
 
 from ..data.datalist import case_name
+from ..switches import is_on
 from ..targets import dense_names
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
 
@@ -70,8 +71,8 @@ def postprocessing(
         segments: whether the network's output begins with segmentation logits.
         mask: whether a target's map is set to 0 outside its structure.
         geometric: measure a thickness in the predicted mask instead of reading the network's map: ``target``,
-            ``structure``, ``inner``, ``slicewise``, ``axis`` and ``smallest_cavity`` of :class:`GeometricThicknessd`. The
-            network then has no channel for it.
+            ``structure``, ``inner``, ``slicewise``, ``axis`` and ``smallest_cavity`` of
+            :class:`GeometricThicknessd`. The network then has no channel for it.
         output_dir: write ``<case>_seg.nii.gz`` and ``<case>_<target>.nii.gz`` there; None writes nothing.
         largest_component: keep only the largest connected component of each structure, voxels touching at a corner
             being connected, and give the others to the background. Only where each structure is known to be one piece.
@@ -95,7 +96,7 @@ def postprocessing(
     if segments:
         steps.append(WeightMapsd(channels, divide=True))
         steps.append(AsDiscreted("segmentation", argmax=True, dtype=torch.uint8))
-        if largest_component:
+        if is_on(largest_component, "largest_component"):
             steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
     if geometric is not None:
         steps.append(GeometricThicknessd(**geometric))

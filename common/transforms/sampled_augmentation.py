@@ -38,6 +38,7 @@ def sampled_augmentation(
     sigma: Sequence[float] = (0.7, 1.3),
     factor: float = 0.3,
     gamma: Sequence[float] = (0.7, 1.3),
+    spacing: Sequence[float] | None = None,
     thick_axis: int | None = None,
 ) -> Compose:
     """Some of seven operations, in random order: crop and resize, rotation, scaling, Gaussian blur, brightness,
@@ -55,6 +56,7 @@ def sampled_augmentation(
         sigma: smallest and largest standard deviation of the blur in voxels.
         factor: brightness and contrast are multiplied by 1 - ``factor`` to 1 + ``factor``.
         gamma: smallest and largest exponent.
+        spacing: voxel size in mm, one number an axis, with which rotations keep shapes; None takes voxels for cubes.
         thick_axis: the axis along which voxels are much thicker, if any: neither cropped nor scaled, nor rotated out of
             its plane.
 
@@ -73,7 +75,7 @@ def sampled_augmentation(
         raise BadInput(f"`scale` is {list(scale)}; expected the smallest and the largest magnification")
     pool = [
         _crop_and_resize(keys, patch_size, crop, probability, thick),
-        _affine(keys, rank, probability, rotation, range(3) if thick is None else (thick,)),
+        _affine(keys, rank, probability, rotation, range(3) if thick is None else (thick,), spacing=spacing),
         _RandZoomd(keys, scale, probability, thick),
         RandGaussianSmoothd("image", prob=probability, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
         RandScaleIntensityd("image", prob=probability, factors=factor),

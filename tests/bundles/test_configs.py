@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,15 @@ import torch
 from bundle_runs import BUNDLES, ROOT, Chain, config
 from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
 
+from common.transforms import GeometricThicknessd
+
 OVERRIDES = (
     *("dataset_dir", "datalist", "output_dir", "ckpt_dir", "device", "spacing", "patch_size", "batch_size"),
     *("iterations_per_epoch", "learning_rate", "val_interval", "amp", "seed", "num_workers", "tracking_uri"),
     "train#trainer#max_epochs",
 )
 CONVENTIONS = ("bundle_root", "train#trainer", "train#dataset#data", "train#handlers", "validate#evaluator", "run")
-# MONAI's schema of metadata (Apache-2.0), kept here because tests reach no network.
-SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
+SCHEMA = ROOT / "common" / "packing" / "meta_schema_20240725.json"
 PLANNED = ("labels", "channels", "spacing", "patch_size", "intensity", "features", "kernel_sizes", "strides")
 
 
@@ -118,6 +120,48 @@ def test_ablations_make_a_network(path: Path, plan: Path) -> None:
     output = network.eval()(torch.zeros(1, 1, 16, 16, 16))
     expected = {"regression_only": 1, "geometric": 3}.get(path.stem, 4)
     assert output.shape == (1, expected, 16, 16, 16)
+
+
+def test_geometric_row_measures_the_target_that_has_a_cavity(plan: Path) -> None:
+    """Whatever else is regressed, and in what order: the student's network has a channel for none of it."""
+    volume = {"name": "volume", "unit": "mL", "kind": "sum"}
+    other = {"name": "density", "unit": "HU", "kind": "dense", "structure": 1}
+    wall = {"name": "wall_thickness", "unit": "mm", "kind": "dense", "structure": [2], "inner": [1]}
+    wall.update(slicewise=True, axis=0, smallest_cavity=20)
+    parser = ConfigParser()
+    configs = ROOT / "bundles/dual_decoder/configs"
+    files = [configs / "train.json", configs / "evaluate.json", plan, configs / "ablations/geometric.json"]
+    parser.read_config([str(path) for path in files])
+    parser["targets"] = [volume, other, wall]
+    steps = parser.get_parsed_content("postprocessing").transforms
+    (measure,) = (step for step in steps if isinstance(step, GeometricThicknessd))
+    assert (measure.target, measure.structure, measure.inner) == ("wall_thickness", 2, [1])
+    assert (measure.slicewise, measure.axis, measure.smallest_cavity) == (True, 0, 20)
+    assert (steps[0].num_classes, steps[0].targets) == (3, [])
+    for index in (0, 1):
+        assert parser.get_parsed_content(f"validate#handlers#{index}#targets") == [wall]
+
+
+def components(content: object) -> Iterator[dict[str, object]]:
+    """Every component of a config, however deep."""
+    if isinstance(content, dict):
+        if "_target_" in content:
+            yield content
+        content = list(content.values())
+    for item in content if isinstance(content, list) else []:
+        yield from components(item)
+
+
+def test_whatever_rotates_knows_the_voxel_size() -> None:
+    """So that it rotates in mm, which targets that are lengths need."""
+    rotating = ("supervised_augmentation", "weak_and_strong", "sampled_augmentation")
+    rotates = 0
+    for path in sorted((ROOT / "bundles").glob("*/configs/**/*.json")):
+        for component in components(json.loads(path.read_text())):
+            if str(component["_target_"]).endswith(rotating) and component.get("rotation") != 0:
+                assert component.get("spacing") == "@spacing", path
+                rotates += 1
+    assert rotates >= 11
 
 
 def test_studies_are_json_and_name_what_exists() -> None:

@@ -155,17 +155,19 @@ def test_every_problem_is_listed_at_once(case, tmp_path):
         {**case, "volume": "large"},
         {**case, "thickness": 3.0},
         {**case, "annotated": [0, 5]},
+        {**case, "annotated": []},
         {"image": str(no_image)},
     ]
     with pytest.raises(BadInput) as caught:
         check_cases(cases, labels=LABELS, channels=1, targets=TARGETS, patch_size=(4, 4, 4))
     message = str(caught.value)
     for part in (
-        "5 problem(s)",
+        "6 problem(s)",
         "two: the image has 2 channel(s), the network takes 1",
         "`volume` is 'large'",
         "`thickness` is 3.0",
         "['5']",
+        "`annotated` is [], which names no structure",
         "text.nii.gz can't be opened",
     ):
         assert part in message

@@ -66,6 +66,20 @@ def test_processes_share_one_sequence(monkeypatch):
     assert len({seed for share in shares for _, seed in share}) == 6
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_processes_draw_together_what_one_draws_in_larger_batches(monkeypatch, batch_size):
+    """Case by case and voxel by voxel, over more than one round of the cases."""
+
+    def draw(rank: int, processes: int) -> list[torch.Tensor]:
+        monkeypatch.setattr("common.data.streams._share", lambda: (rank, processes))
+        loader = make_loader(dataset(7), batch_size * 2 // processes, seed=3)
+        return [batch["cases"]["image"] for batch in StreamLoader({"cases": loader}, length=9)]
+
+    alone, first, second = draw(0, 1), draw(0, 2), draw(1, 2)
+    assert not same(first, second)
+    assert same(alone, [torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(first, second, strict=True)])
+
+
 def test_a_batch_is_of_plain_tensors():
     loader = make_loader(dataset(4), 2, iterations=3)
     batches = list(loader)
@@ -96,6 +110,23 @@ def test_collate():
     assert batch["grade"].tolist() == [2, 3]
     assert batch["annotated"] == [[0], None]
     assert "annotated" not in collate_plain(items[1])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_only_some_cases_have(order):
+    """Whichever comes first: a number stays unknown for the others, as where a target lacks; names go."""
+    cases = [
+        {"image": torch.ones(1, 2), "patient": 7, "severity": torch.tensor(3.0), "grade": 2},
+        {"image": torch.zeros(1, 2), "patient": "P8", "severity": torch.tensor(float("nan")), "slice": 4},
+    ][::order]
+    batch = collate_plain(cases)
+    assert set(batch) == {"image", "severity", "grade", "slice"}
+    for key, values in {"severity": [3, np.nan], "grade": [2, np.nan], "slice": [np.nan, 4]}.items():
+        np.testing.assert_equal(batch[key].tolist(), values[::order])
+    assert collate_plain([{**case, "patient": 7} for case in cases])["patient"].tolist() == [7, 7]
+    cases[0]["thickness"] = torch.ones(1, 2)
+    with pytest.raises(BadInput, match="only 1 of 2 cases of a batch have the map 'thickness'"):
+        collate_plain(cases)
 
 
 def test_every_stream_cycles_on_its_own():

@@ -80,8 +80,9 @@ def test_other_settings_are_named_and_nothing_is_loaded(model, change: dict, mes
         {"network_def": {**CONFIG["network_def"], "dropout": 0.0}},
         {"network_def": {**CONFIG["network_def"], "_target_": "scripts.common.networks.Net"}},
         {"targets": None},
+        {"network_def": {**CONFIG["network_def"], "window": [4, 4, 4]}},
     ],
-    ids=["how a map was made", "dropout", "a packed bundle", "a stage that does not measure"],
+    ids=["how a map was made", "dropout", "a packed bundle", "a stage that does not measure", "one number an axis"],
 )
 def test_what_does_not_change_the_meaning_of_the_weights(model, change: dict) -> None:
     load_weights(nn.Linear(1, 1), model({**CONFIG, **change}))

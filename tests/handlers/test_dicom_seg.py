@@ -20,13 +20,9 @@ from common.transforms import LoadCased
 
 highdicom = pytest.importorskip("highdicom")
 import pydicom  # noqa: E402
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid  # noqa: E402
+from dicom_series import AXIAL, OBLIQUE, SAGITTAL, write_series  # noqa: E402
 
 LABELS = {"0": "background", "1": "Höhle", "2": "wall", "3": "never there"}
-SPACING = (0.75, 0.5, 2.5)  # between rows, columns, slices
-AXIAL = [1, 0, 0, 0, 1, 0]
-SAGITTAL = [0, 1, 0, 0, 0, -1]
-OBLIQUE = [0.8, 0.6, 0, 0, 0, -1]
 
 
 def make_volume() -> np.ndarray:
@@ -40,42 +36,13 @@ def make_volume() -> np.ndarray:
     return volume
 
 
-def write_series(folder: Path, volume: np.ndarray, orientation: list[float], upwards: bool = True) -> dict[str, int]:
-    """A CT series with instance numbers and names against the order of the slices; slice by SOP instance."""
-    folder.mkdir(parents=True)
-    row, column = np.array(orientation[:3], float), np.array(orientation[3:], float)
-    normal = np.cross(row, column) * (1 if upwards else -1)
-    series, study, frame = generate_uid(), generate_uid(), generate_uid()
-    slices = {}
-    for index, pixels in enumerate(volume):
-        source = pydicom.Dataset()
-        source.SOPClassUID, source.SOPInstanceUID = CTImageStorage, generate_uid()
-        source.StudyInstanceUID, source.SeriesInstanceUID, source.FrameOfReferenceUID = study, series, frame
-        source.Modality, source.PatientName, source.SeriesNumber = "CT", "Doe^Jane", 3
-        source.InstanceNumber = len(volume) - index
-        source.Rows, source.Columns = pixels.shape
-        source.PixelSpacing, source.SliceThickness = list(SPACING[:2]), SPACING[2]
-        source.ImageOrientationPatient = list(orientation)
-        source.ImagePositionPatient = [round(float(x), 4) for x in np.array([-10, 5, 30]) + index * SPACING[2] * normal]
-        source.SamplesPerPixel, source.PhotometricInterpretation = 1, "MONOCHROME2"
-        source.BitsAllocated = source.BitsStored = 16
-        source.HighBit, source.PixelRepresentation = 15, 1
-        source.RescaleSlope, source.RescaleIntercept = 1, 0
-        source.PixelData = pixels.tobytes()
-        source.file_meta = pydicom.dataset.FileMetaDataset()
-        source.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        source.save_as(folder / f"{(3 * index) % 5}.dcm", enforce_file_format=True)
-        slices[source.SOPInstanceUID] = index
-    return slices
-
-
 def predict(folder: Path, output: Path) -> None:
     """What an evaluator that finds the pixel values as labels writes: label file and DICOM segmentation."""
     image = LoadCased(("image",))({"image": str(folder)})["image"]
     segmentation = MetaTensor(image.to(torch.uint8), meta=dict(image.meta))
-    SaveImage(
-        output_dir=output, output_postfix="seg", separate_folder=False, output_dtype="uint8", resample=False
-    )(segmentation)
+    SaveImage(output_dir=output, output_postfix="seg", separate_folder=False, output_dtype="uint8", resample=False)(
+        segmentation
+    )
     engine = Engine(lambda _, batch: [{"image": image, "segmentation": segmentation}])
     DicomSegWriter(output, LABELS, [{"image": str(folder)}], "teacher").attach(engine)
     engine.run([None])
@@ -120,7 +87,7 @@ def test_segments_are_described_and_the_patient_is_the_series_own(tmp_path: Path
     write_series(tmp_path / "scan", make_volume(), AXIAL)
     predict(tmp_path / "scan", tmp_path / "out")
     found = highdicom.seg.segread(tmp_path / "out" / "scan_seg.dcm")
-    source = pydicom.dcmread(tmp_path / "scan" / "0.dcm")
+    source = pydicom.dcmread(tmp_path / "scan" / "00.dcm")
     assert [(item.SegmentNumber, item.SegmentLabel) for item in found.SegmentSequence] == [
         (1, "Höhle"),
         (2, "wall"),
@@ -148,7 +115,7 @@ def test_files_that_lack_something_are_named(tmp_path: Path) -> None:
         source = pydicom.dcmread(path)
         del source.FrameOfReferenceUID
         source.save_as(path)
-    with pytest.raises(BadInput, match=r"dicom_seg: no segmentation can be made for .*scan.*FrameOfReferenceUID"):
+    with pytest.raises(BadInput, match=r"dicom_seg: no segmentation can be made for .*scan .*Frame Of Reference UID"):
         predict(tmp_path / "scan", tmp_path / "out")
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +115,52 @@ def test_whatever_moves_a_locked_tensor_is_caught_and_no_weights_are_written(tmp
     with pytest.raises(LockInBroken, match=named):
         train(network, handlers, spoil)
     assert model.read_bytes() == b"old"
+
+
+def two_epochs(folder: Path, resume: bool) -> Network:
+    """Two epochs of three steps, with a checkpoint after each; the first run breaks off in the second epoch."""
+    torch.manual_seed(1)
+    network = Network()
+    lock_in = LockIn(network, ["encoder"])
+
+    def break_off(network: Network) -> None:
+        if method.step == 4 and not resume:
+            raise RuntimeError("power cut")
+
+    method = Fit(network, break_off)
+    handlers = [lock_in, Checkpoint({"method": method}, network, str(folder), str(folder / "model.pt"), resume)]
+    batches = [{"labeled": {"image": torch.randn(4, 2)}} for _ in range(3)]
+    optimizer = torch.optim.SGD(method.trainable_parameters(), lr=0.1)
+    SemiSupervisedTrainer("cpu", 2, batches, method, optimizer, False, train_handlers=handlers).run()
+    return network
+
+
+def test_a_resumed_run_keeps_the_lock(tmp_path, caplog):
+    with pytest.raises(RuntimeError, match="power cut"):
+        two_epochs(tmp_path, resume=False)
+    with caplog.at_level(logging.INFO):
+        network = two_epochs(tmp_path, resume=True)
+    assert "after epoch 1" in caplog.text
+    assert "Lock-in holds" in caplog.text
+    before = Network().state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("encoder."), name
+    assert (tmp_path / "model.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["encoder.0.weight", "encoder.1.running_mean"])
+def test_a_checkpoint_with_other_locked_weights_is_refused_before_the_first_step(tmp_path, name):
+    with pytest.raises(RuntimeError, match="power cut"):
+        two_epochs(tmp_path, resume=False)
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["state"]["method"][f"network.{name}"] += 1e-6
+    torch.save(saved, path)
+    pattern = rf"checkpoint to resume from has other values for 1 locked tensors.*{re.escape(name)}"
+    with pytest.raises(LockInBroken, match=pattern):
+        two_epochs(tmp_path, resume=True)
+    assert torch.load(path, weights_only=True)["epoch"] == 1, "no epoch was trained"
+    assert not (tmp_path / "model.pt").exists()
 
 
 def test_without_the_lock_the_same_training_moves_everything():

@@ -106,7 +106,7 @@ def test_crops_that_make_no_sense(arguments):
 
 def test_supervised_augmentation_moves_all_maps_together(case):
     transform = supervised_augmentation(
-        (20, 18, 16), ALL, [THICKNESS, VOLUME], scale=None, rotation=30, mirror_axes=None, intensity=False
+        (20, 18, 16), ALL, [THICKNESS, VOLUME], [1.0] * 3, scale=None, rotation=30, intensity=False
     )
     moved = 0
     for seed in range(12):
@@ -120,6 +120,59 @@ def test_supervised_augmentation_moves_all_maps_together(case):
         assert agreement > 0.97
         moved += not torch.equal(patch["label"], case["label"].long().as_tensor())
     assert moved > 0
+
+
+def jacobian(transform: Compose, spacing: tuple[float, ...], seed: int) -> torch.Tensor:
+    """The matrix by which a transform moves points in mm, from the middle of an image of the points' coordinates."""
+    shape = [24, 22, 12][: len(spacing)]
+    axes = [(torch.arange(n) - (n - 1) / 2) * side for n, side in zip(shape, spacing, strict=True)]
+    moved = draw(transform, {"image": torch.stack(torch.meshgrid(*axes, indexing="ij"))}, seed)["image"].double()
+    middle = tuple(n // 2 for n in shape)
+    slopes = torch.gradient(moved, spacing=[float(side) for side in spacing], dim=tuple(range(1, moved.ndim)))
+    return torch.stack([slope[(slice(None), *middle)] for slope in slopes], dim=1)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.5, 3.0), (2.0, 0.5, 0.5), (1.0, 2.5)])
+def test_rotations_keep_lengths_and_angles_in_mm(spacing):
+    patch_size = (24, 22, 12)[: len(spacing)]
+    for transform in (
+        supervised_augmentation(
+            patch_size, ("image",), spacing=spacing, scale=None, rotation=30, mirror_axes=(), intensity=False
+        ),
+        weak_and_strong(
+            patch_size, spacing=spacing, rotation=20, mirror_axes=(), weak_probability=1.0, strong_probability=0.0
+        ),
+    ):
+        turned = 0
+        for seed in range(12):
+            matrix = jacobian(transform, spacing, seed)
+            torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(spacing)).double(), atol=1e-4, rtol=0)
+            turned += not torch.allclose(matrix, torch.eye(len(spacing)).double(), atol=1e-2)
+        assert turned
+
+
+@pytest.mark.parametrize(("spacing", "kept"), [((1.0, 3.0, 2.0), [1]), ((1.0, 1.0, 1.0), [0, 1, 2])])
+def test_lengths_measured_slice_by_slice_stay_in_their_slices(spacing, kept):
+    target = {**THICKNESS, "name": "image", "slicewise": True}
+    transform = supervised_augmentation(
+        (24, 22, 12), ("image",), [target], spacing, scale=None, mirror_axes=(), intensity=False
+    )
+    matrices = [jacobian(transform, spacing, seed) for seed in range(20)]
+    for matrix in matrices:
+        torch.testing.assert_close(matrix[kept][:, kept], torch.eye(len(kept)).double(), atol=1e-4, rtol=0)
+    turned = any(not torch.allclose(matrix, torch.eye(3).double(), atol=1e-2) for matrix in matrices)
+    assert turned == (len(kept) == 1)
+
+
+def test_shifts_are_shares_of_the_patch_whatever_the_spacing(case):
+    size = (20, 18, 16)
+    for seed in range(3):
+        views = [
+            draw(weak_and_strong(size, spacing=spacing, rotation=0, translation=0.2, weak_probability=1.0), case, seed)
+            for spacing in (None, [0.7, 0.7, 0.7], [1.0, 1.5, 3.0])
+        ]
+        assert torch.equal(views[0]["image"], views[1]["image"])
+        torch.testing.assert_close(views[0]["image"], views[2]["image"], atol=1e-4, rtol=0)
 
 
 def test_scaling_magnifies_and_shrinks_label_and_image_alike(case):
@@ -137,11 +190,21 @@ def test_scaling_magnifies_and_shrinks_label_and_image_alike(case):
 
 def test_lengths_forbid_scaling():
     with pytest.raises(BadInput, match=r"`scale` .* lengths in \['thickness'\]"):
-        supervised_augmentation((8, 8, 8), ALL, [THICKNESS, VOLUME])
+        supervised_augmentation((8, 8, 8), ALL, [THICKNESS, VOLUME], [1.0, 1.0, 3.0])
     supervised_augmentation((8, 8, 8), ("image", "label", "volume"), [VOLUME])
     supervised_augmentation((8, 8, 8), ALL, [{**THICKNESS, "unit": ""}, VOLUME])
+    supervised_augmentation((8, 8, 8), ALL, [THICKNESS, VOLUME], [1.0, 1.0, 3.0], scale=None)
     with pytest.raises(BadInput, match="smallest and the largest"):
         supervised_augmentation((8, 8, 8), scale=(1.4, 0.7))
+
+
+def test_lengths_need_the_voxel_size_to_be_rotated():
+    with pytest.raises(BadInput, match=r"`spacing` is null.* lengths in \['thickness'\]"):
+        supervised_augmentation((8, 8, 8), ALL, [THICKNESS], scale=None)
+    supervised_augmentation((8, 8, 8), ALL, [THICKNESS], scale=None, rotation=0)
+    for spacing in ([1.0, 1.0], [1.0, 1.0, 0.0]):
+        with pytest.raises(BadInput, match=r"`spacing` is .*expected 3 positive numbers"):
+            supervised_augmentation((8, 8, 8), spacing=spacing)
 
 
 @pytest.mark.parametrize("thick_axis", [0, 1, 2])

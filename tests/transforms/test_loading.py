@@ -46,7 +46,7 @@ def load():
 
 
 def test_loads_what_was_written(load, case, arrays):
-    loaded = load({**case, "annotated": [0, 1], "image_path": "elsewhere"})
+    loaded = load({**case, "annotated": [1, 2], "image_path": "elsewhere"})
     for key in ("image", "label", "thickness"):
         assert isinstance(loaded[key], MetaTensor)
         np.testing.assert_array_equal(loaded[key].numpy(), arrays[key][None])
@@ -54,9 +54,15 @@ def test_loads_what_was_written(load, case, arrays):
     assert loaded["image"].dtype == loaded["thickness"].dtype == torch.float32
     assert loaded["label"].dtype == torch.uint8
     assert loaded["severity"] == torch.tensor(0.25)
-    assert loaded["annotated"] == [0, 1]
+    assert loaded["annotated"] == [1, 2]
     assert loaded["image_path"] == "elsewhere"
     assert loaded["image"].pixdim.tolist() == [1, 2, 3]
+
+
+def test_a_label_holds_what_its_case_is_annotated_for(load, case):
+    with pytest.raises(BadInput, match=r"label.nii.gz holds the ids \[0, 1, 2\], but .* `annotated` is \[2\]"):
+        load({**case, "annotated": [2]})
+    assert load({**case, "annotated": [2], "completed": case["label"]})["annotated"] == [2]
 
 
 def test_an_image_alone_is_enough(load, case):

@@ -161,3 +161,18 @@ def test_behind_a_crop_and_a_cache(patch):
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(BadInput, match=message):
         sampled_augmentation(SIZE, **settings)
+
+
+def test_rotations_keep_lengths_and_angles_in_mm():
+    """Seen from the middle of an image of the points' coordinates, with all but the rotation made to do nothing."""
+    spacing, shape = (1.0, 1.5, 3.0), (24, 22, 12)
+    axes = [(torch.arange(n) - (n - 1) / 2) * side for n, side in zip(shape, spacing, strict=True)]
+    image = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    nothing = {"crop": 1.0, "scale": (1, 1), "sigma": (1e-3, 1e-3), "factor": 0.0, "gamma": (1, 1)}
+    transform = sampled_augmentation(shape, ["image"], 7, 1.0, rotation=20, spacing=spacing, **nothing)
+    for seed in range(4):
+        moved = transform.set_random_state(seed)({"image": image})["image"].double()
+        slopes = torch.gradient(moved, spacing=list(spacing), dim=(1, 2, 3))
+        matrix = torch.stack([slope[:, 12, 11, 6] for slope in slopes], dim=1)
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(3).double(), atol=1e-3, rtol=0)
+        assert not torch.allclose(matrix, torch.eye(3).double(), atol=1e-2)

@@ -1,0 +1,98 @@
+"""What `--input` stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.data import find_cases
+from common.errors import BadInput
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def dicom(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM")
+
+
+def names(cases: list[dict[str, str | list[str]]]) -> list[str | list[str]]:
+    images = [case["image"] for case in cases]
+    return [Path(image).name if isinstance(image, str) else [Path(path).name for path in image] for image in images]
+
+
+def test_a_file_a_folder_and_dicom(tmp_path: Path) -> None:
+    touch(
+        tmp_path / "scans/ä b.nii.gz", tmp_path / "scans/c.MHA", tmp_path / "scans/notes.txt", tmp_path / "scans/.x.nii"
+    )
+    dicom(tmp_path / "scans/series/IM0001")
+    touch(tmp_path / "scans/empty/readme.txt")
+    assert names(find_cases(tmp_path / "scans")) == ["c.MHA", "series", "ä b.nii.gz"]
+    assert find_cases(str(tmp_path / "scans/ä b.nii.gz")) == [{"image": str(tmp_path / "scans/ä b.nii.gz")}]
+    assert find_cases(tmp_path / "scans/series") == [{"image": str(tmp_path / "scans/series")}]
+
+
+def test_files_that_are_channels(tmp_path: Path) -> None:
+    touch(*(tmp_path / f"{case}_{channel:04d}.nii.gz" for case in "ab" for channel in (1, 0)))
+    assert names(find_cases(tmp_path, channels=2)) == [
+        ["a_0000.nii.gz", "a_0001.nii.gz"],
+        ["b_0000.nii.gz", "b_0001.nii.gz"],
+    ]
+    assert len(find_cases(tmp_path)) == 4, "a network of one channel takes each file for an image"
+    touch(tmp_path / "c_0000.nii.gz")
+    with pytest.raises(BadInput, match="case c has the channels"):
+        find_cases(tmp_path, channels=2)
+
+
+def test_files_with_a_channel_axis_are_left_alone(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz")
+    assert names(find_cases(tmp_path, channels=2)) == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_a_datalist_s_testing_section(tmp_path: Path) -> None:
+    touch(tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz")
+    entry = {"image": ["t1.nii.gz", "t2.nii.gz"], "patient": "p"}
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"testing": [entry]}))
+    assert find_cases(path, channels=2) == [{"image": [str(tmp_path / "t1.nii.gz"), str(tmp_path / "t2.nii.gz")]}]
+    path.write_text(json.dumps({"training": [entry]}))
+    with pytest.raises(BadInput, match="no entries in `testing`"):
+        find_cases(path)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_two_inputs_whose_results_would_have_one_name(tmp_path: Path, channels: int) -> None:
+    touch(tmp_path / "a.nii.gz", tmp_path / "a.nrrd")
+    with pytest.raises(BadInput, match=r"(?s)a\.nii\.gz.*a\.nrrd|a\.nrrd.*a\.nii\.gz"):
+        find_cases(tmp_path, channels)
+    dicom(tmp_path / "folder/b/1.dcm")
+    touch(tmp_path / "folder/b.nii")
+    with pytest.raises(BadInput, match=r"both named 'b'|same name"):
+        find_cases(tmp_path / "folder", channels)
+
+
+def test_results_do_not_go_among_the_inputs(tmp_path: Path) -> None:
+    touch(tmp_path / "scans/a.nii.gz", tmp_path / "scans/a_seg.nii.gz")
+    with pytest.raises(BadInput, match=r"output_dir: .*scans is the input's own folder"):
+        find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/../scans")
+    assert len(find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/results")) == 2
+
+
+def test_what_can_t_be_used(tmp_path: Path) -> None:
+    touch(tmp_path / "scan.txt", tmp_path / "empty/notes.txt")
+    dicom(tmp_path / "slice.dcm")
+    for source, words in (
+        (None, "--input"),
+        (tmp_path / "absent.nii.gz", "absent.nii.gz does not exist"),
+        (tmp_path / "scan.txt", r"scan\.txt is no image that can be read: expected one of \.nii"),
+        (tmp_path / "slice.dcm", "one slice of a DICOM series; give its folder"),
+        (tmp_path / "empty", "empty holds no volume"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            find_cases(source)

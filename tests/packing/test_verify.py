@@ -1,0 +1,333 @@
+"""A good archive passes; each fault is found and named, and nothing of the archive is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.__main__ import main
+from common.errors import BadInput
+from common.packing import CHECKSUMS, Limits, verify_archive
+from common.packing.archive import archive_bytes, checksum_list
+
+Change = Callable[[dict[str, bytes]], None]
+Mutate = Callable[..., Path]
+TOP = "dual_decoder"
+
+
+@pytest.fixture(scope="module")
+def files(packed: dict[str, Path]) -> dict[str, bytes]:
+    """Content of a good archive, by path in the bundle."""
+    with zipfile.ZipFile(packed[TOP]) as archive:
+        return {name.split("/", 1)[1]: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture
+def mutate(files: dict[str, bytes], tmp_path: Path) -> Mutate:
+    """A copy of the archive with a change, by default with checksums that know of it."""
+
+    def call(change: Change, reseal: bool = True) -> Path:
+        changed = dict(files)
+        change(changed)
+        if reseal:
+            changed.pop(CHECKSUMS, None)
+            changed[CHECKSUMS] = checksum_list(changed)
+        path = tmp_path / "changed.zip"
+        path.write_bytes(archive_bytes(TOP, changed))
+        return path
+
+    return call
+
+
+def edit(name: str, **values: Any) -> Change:
+    """Set values, by MONAI's ids, in a JSON file of the archive."""
+
+    def change(files: dict[str, bytes]) -> None:
+        content = json.loads(files[name])
+        for key, value in values.items():
+            node = content
+            *path, last = key.split("#")
+            for part in path:
+                node = node[part]
+            node[last] = value
+        files[name] = json.dumps(content).encode()
+
+    return change
+
+
+def problems(path: Path, **arguments: Any) -> str:
+    report = verify_archive(path, **arguments)
+    assert report.fine == (not report.problems)
+    return "\n".join(": ".join(found) for found in report.problems)
+
+
+def test_what_was_packed_is_fine(packed: dict[str, Path]) -> None:
+    for bundle, path in packed.items():
+        report = verify_archive(path)
+        assert report.fine, report.problems
+        assert (report.bundle, report.version, report.notes) == (bundle, "1.0.0", [])
+        assert set(report.done) == {"archive", "files", "digests", "weights", "metadata", "code", "configs"}
+        objects = report.objects()
+        assert "configs/inference.json" in objects["scripts.common.inferers.SlidingWindow"]
+        assert "configs/inference.json" in objects["monai.data.dataloader.DataLoader"]
+        assert objects["torch.cuda.is_available"] == ["configs/inference.json", "configs/train.json"]
+        assert objects["builtins.len"]
+
+
+def test_no_archive(tmp_path: Path, packed: dict[str, Path]) -> None:
+    with pytest.raises(BadInput, match=r"none\.zip: no such file"):
+        verify_archive(tmp_path / "none.zip")
+    cut = tmp_path / "cut.zip"
+    cut.write_bytes(packed[TOP].read_bytes()[:-1000])
+    assert "can't be read as a zip file" in problems(cut)
+
+
+def test_damage_is_found_by_the_zip_file_itself(packed: dict[str, Path], tmp_path: Path) -> None:
+    content = bytearray(packed[TOP].read_bytes())
+    content[content.index(b"Apache License")] ^= 1
+    path = tmp_path / "damaged.zip"
+    path.write_bytes(content)
+    assert "LICENSE: can't be unpacked" in problems(path)
+
+
+def _set(name: str, content: bytes) -> Change:
+    return lambda files: files.update({name: content})
+
+
+DIGESTS = {
+    "changed": (_set("docs/README.md", b"other"), r"docs/README.md: was changed"),
+    "missing": (lambda files: files.pop("scripts/common/errors.py"), "errors.py: is listed in checksums.sha256, but"),
+    "extra": (_set("scripts/common/more.py", b""), "scripts/common/more.py: is not listed"),
+    "no list": (lambda files: files.pop(CHECKSUMS), "checksums.sha256: is missing"),
+    "no checksum": (lambda files: files.update({CHECKSUMS: files[CHECKSUMS] + b"abc  a\n"}), "'abc  a' is no checksum"),
+    "listed twice": (lambda files: files.update({CHECKSUMS: 2 * files[CHECKSUMS]}), "listed twice"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DIGESTS.values(), ids=DIGESTS)
+def test_checksums(change: Change, message: str, mutate: Mutate) -> None:
+    assert message in problems(mutate(change, reseal=False))
+
+
+def _link(entry: zipfile.ZipInfo) -> None:
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+
+
+def _device(entry: zipfile.ZipInfo) -> None:
+    entry.external_attr = (stat.S_IFCHR | 0o644) << 16
+
+
+ENTRIES = {
+    "absolute": ("/etc/cron.d/x", None, "/etc/cron.d/x: is an absolute path"),
+    "parent": (f"{TOP}/../../x", None, "leads out of the folder"),
+    "drive": ("C:/x", None, "colon in its name"),
+    "backslash": (f"{TOP}\\..\\x", None, "backslash"),
+    "not plain": (f"{TOP}/./x", None, "is not a plain path"),
+    "control character": (f"{TOP}/\x1b[2Jx", None, "can't be shown"),
+    "link": (f"{TOP}/docs/link", _link, "docs/link: is a link"),
+    "device": (f"{TOP}/docs/device", _device, "is neither a file nor a folder"),
+    "twice": (f"{TOP}/LICENSE", None, f"{TOP}/LICENSE: is there twice"),
+    "twice but for case": (f"{TOP}/license", None, f"is one file with {TOP}/LICENSE on Windows"),
+    "file and folder": (f"{TOP}/docs", None, f"{TOP}/docs: is both a file and a folder"),
+    "second folder": ("other/x", None, "expected one folder at the top"),
+    "no folder": ("x", None, "expected one folder at the top"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_paths_in_the_archive(
+    name: str, change: Callable[[zipfile.ZipInfo], None] | None, message: str, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "archive.zip"
+    path.write_bytes(packed[TOP].read_bytes())
+    entry = zipfile.ZipInfo(name)
+    if change:
+        change(entry)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(entry, "x")
+    assert message in problems(path)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["archive.zip"]
+
+
+def test_bombs(packed: dict[str, Path], tmp_path: Path, mutate: Mutate) -> None:
+    assert "unpacks to 0.00 GB, more than 1e-05 GB" in problems(packed[TOP], limits=Limits(size=1e4))
+    assert "files, more than 5" in problems(packed[TOP], limits=Limits(files=5))
+    path = tmp_path / "bomb.zip"
+    path.write_bytes(packed[TOP].read_bytes())
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(f"{TOP}/docs/zeros.md", bytes(5_000_000))
+    assert "zeros.md: unpacks to" in problems(path)
+    assert "zeros.md: is not listed" in problems(path, limits=Limits(ratio=2000))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(5_000_000))
+    assert "models/model.pt: archive/data/0 unpacks to" in problems(mutate(_set("models/model.pt", buffer.getvalue())))
+    buffer = io.BytesIO()
+    torch.save({"model": {"a": torch.zeros(1).expand(10_000, 100_000, 100)}}, buffer)
+    assert "the tensors take 400.00 GB" in problems(mutate(_set("models/model.pt", buffer.getvalue())))
+
+
+class Marker:
+    """What unpickling this does is to leave a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_weights(mutate: Mutate, files: dict[str, bytes], tmp_path: Path) -> None:
+    def saved(content: Any) -> Change:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return _set("models/model.pt", buffer.getvalue())
+
+    assert "models/model.pt: can't be read as weights" in problems(mutate(saved({"model": Marker(tmp_path / "ran")})))
+    assert not (tmp_path / "ran").exists()
+    state = torch.load(io.BytesIO(files["models/model.pt"]), weights_only=True)["model"]
+    name = next(iter(state))
+    wrong = problems(mutate(saved({"model": {**state, name: state[name] * torch.nan}})))
+    assert f"NaN or infinite number in {name!r}" in wrong
+    wrong = problems(mutate(saved({"model": {**state, name: state[name] + 1}})))
+    assert "models/model.json: is about other weights" in wrong
+    assert "configs/metadata.json: is about other weights" in wrong
+
+
+FORMAT = "network_data_format"
+METADATA = {
+    "schema": ({"authors": 3}, r"configs/metadata.json, $.authors: 3 is not of type 'string'"),
+    "no version": ({"version": None}, "$.version: None is not of type"),
+    "other output": ({f"{FORMAT}#outputs": {"out": {}, "pred": "a"}}, "is not valid under any"),
+    "first output": ({f"{FORMAT}#outputs": {"out": 1, "pred": "a"}}, "the first must be 'pred'"),
+    "channels": ({f"{FORMAT}#outputs#pred#num_channels": 9}, "num_channels and channel_def disagree"),
+    "labels": (
+        {f"{FORMAT}#outputs#pred#channel_def": {"0": "wall", "1": "a", "2": "b", "3": "c"}},
+        "names the channels",
+    ),
+    "lineage": ({"lineage": ["a"]}, "is about other weights (None)"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), METADATA.values(), ids=METADATA)
+def test_metadata(values: Mapping[str, Any], message: str, mutate: Mutate) -> None:
+    assert message in problems(mutate(edit("configs/metadata.json", **values)))
+
+
+def test_files_that_a_bundle_does_not_have(mutate: Mutate) -> None:
+    for name in ("numpy.py", "models/model.ts", "models/a.pt", "scripts/common/x.so", "configs/inference.yaml"):
+        assert f"files: {name}: is nothing that a packed bundle has" in problems(mutate(_set(name, b"")))
+    assert "files: LICENSE: is missing" in problems(mutate(lambda files: files.pop("LICENSE")))
+
+
+INFERENCE = "configs/inference.json"
+CONFIGS = {
+    "target": ({"inferer#_target_": "os.system"}, "inferer#_target_: os.system is none of the allowed"),
+    "built-in": ({"inferer#_target_": "exec"}, "builtins.exec is none of the allowed"),
+    "in a list": ({"handlers": [{"_target_": "subprocess.run"}]}, "handlers#0#_target_: subprocess.run is none of"),
+    "by another key": ({"inferer#_target_": "@input", "input": "os.system"}, "@input is named by another part"),
+    "by an expression": ({"inferer#_target_": "$'os.sys' + 'tem'"}, "is a name that an expression makes"),
+    "macro": ({"inferer": "%/tmp/other.json#inferer"}, "takes its value from another file"),
+    "import": ({"imports": ["$import os"]}, "imports#0: os is none of the allowed"),
+    "alias": ({"imports": ["$from os import system as monai"]}, "os.system is none of the allowed"),
+    "expression": ({"amp": "$__import__('os').system('ls')"}, "builtins.__import__ is none of the allowed"),
+    "getattr": ({"amp": "$getattr(torch, 'h' + 'ub')"}, "builtins.getattr is none of the allowed"),
+    "through torch": ({"amp": "$torch.hub.load('a', 'b')"}, "torch.hub.load may lead out of its package, by 'hub'"),
+    "through a package": (
+        {"amp": "$common.study.subprocess.run(['ls'])"},
+        "scripts.common.study.subprocess.run may lead",
+    ),
+    "through a list": ({"amp": "$[torch][0].hub.load('a')"}, "(...).hub.load may lead out"),
+    "through a key": ({"a": "$torch", "amp": "$@a.hub.load('a')"}, "(...).hub.load may lead out"),
+    "private": ({"amp": "$().__class__.__base__.__subclasses__()"}, "by '__class__'"),
+    "hidden name": ({"amp": "$[eval for eval in [1]] and eval('1')"}, "eval is a name of its own for something else"),
+    "no Python": ({"amp": "$a b"}, "a b can't be read as Python"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), CONFIGS.values(), ids=CONFIGS)
+def test_what_configs_would_run(values: Mapping[str, Any], message: str, mutate: Mutate) -> None:
+    wrong = problems(mutate(edit(INFERENCE, **values)))
+    assert message in wrong
+    assert "configs: configs/inference.json, " in wrong
+
+
+def test_more_of_configs(mutate: Mutate) -> None:
+    handler = b"[handlers]\nkeys=a\n[handler_a]\nclass=StreamHandler\nargs=(__import__('os').system('ls'),)\n"
+    assert "configs/logging.conf, handler_a#args: (__import__" in problems(
+        mutate(_set("configs/logging.conf", handler))
+    )
+    handler = b"[handlers]\nkeys=a\n[handler_a]\nclass=handlers.SMTPHandler\nargs=()\n"
+    assert "handler_a#class: handlers.SMTPHandler" in problems(mutate(_set("configs/logging.conf", handler)))
+    twice = b'{"a": {"_target_": "os.system", "_target_": "monai.data.Dataset"}}'
+    assert "configs/more.json: is not the JSON" in problems(mutate(_set("configs/more.json", twice)))
+    deep = b"[" * 100_000
+    assert "configs/more.json: is not the JSON" in problems(mutate(_set("configs/more.json", deep)))
+
+
+def test_more_can_be_allowed(mutate: Mutate) -> None:
+    path = mutate(edit(INFERENCE, **{"inferer#_target_": "my_package.inferers.Own", "amp": "$torch.hub.load('a')"}))
+    assert "my_package.inferers.Own" in problems(path)
+    assert not problems(path, allow=["my_package", "torch.hub.load"])
+    assert "my_package.inferers.Own" in problems(path, allow=["my_pack", "torch.hub.load"])
+
+
+def test_code_that_is_not_the_installed_is_noted(mutate: Mutate, files: dict[str, bytes]) -> None:
+    name = "scripts/common/errors.py"
+    report = verify_archive(mutate(_set(name, files[name] + b"# more\n")))
+    assert report.fine
+    assert len(report.notes) == 1
+    assert f"1 of {sum(file.startswith('scripts/') for file in files)} files" in report.notes[0]
+    assert name in report.notes[0]
+
+
+def test_code_is_run_only_when_asked_for(
+    mutate: Mutate, files: dict[str, bytes], tmp_path: Path, packed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, mark = "scripts/common/__init__.py", tmp_path / "ran"
+
+    def change(files: dict[str, bytes]) -> None:
+        files[name] += f"\nPath({str(mark)!r}).touch()\n".encode()
+        edit(INFERENCE, attention_stages=[])(files)
+
+    path = mutate(change)
+    assert verify_archive(path).fine
+    assert not mark.exists()
+    report = verify_archive(path, run_code=True)
+    assert mark.exists()
+    assert [place for _, place, _ in report.problems] == [INFERENCE]
+    assert "don't fit its network" in report.problems[0][2]
+
+    assert main(["verify", str(packed[TOP]), "--run-code", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fine"] is True
+    assert "takes the weights" in found["done"]["network"]
+
+
+def test_from_the_command_line(mutate: Mutate, capsys: pytest.CaptureFixture[str], packed: dict[str, Path]) -> None:
+    assert main(["verify", str(packed[TOP])]) == 0
+    printed = capsys.readouterr().out
+    assert "dual_decoder 1.0.0" in printed
+    assert "scripts.common.networks.DualDecoderNetwork  (inference.json" in printed
+    assert printed.endswith("fine\n")
+    path = mutate(edit(INFERENCE, **{"inferer#_target_": "os.system"}))
+    assert main(["verify", str(path)]) == 1
+    assert "WRONG configs, configs/inference.json, inferer#_target_: os.system" in capsys.readouterr().out
+    assert main(["verify", str(path), "--allow", "os.system"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fine"] is False
+    assert found["problems"][0]["place"] == "configs/inference.json, inferer#_target_"
+    assert main(["verify", str(path), "--max-size", "0.0001"]) == 1
+    assert "more than 0.0001 GB" in capsys.readouterr().out

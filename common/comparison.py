@@ -157,7 +157,7 @@ class Comparison:
         record = self.study.records_by_seed(run).get(seed)
         if record is None:
             return None
-        parents = [self.study.runs[name] for name in (run.teacher, run.student) if name is not None]
+        parents = [self.study.runs[name] for name in run.parents]
         return record["train_seconds"] / 60 + sum(self._minutes(parent, seed) or 0.0 for parent in parents)
 
     def _parameters(self, run: Run, seed: int | None) -> tuple[int | None, int | None]:

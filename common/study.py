@@ -59,6 +59,7 @@ class Run:
         overlays: config files laid over the bundle's ``train.json``, relative to its ``configs``.
         set: overrides of this run.
         teacher, student: the run that the weights come from.
+        teachers: the runs of several teachers, by what each one knows: ``{"liver": "run"}``.
     """
 
     name: str
@@ -70,6 +71,12 @@ class Run:
     set: Mapping[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     student: str | None = None
+    teachers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def parents(self) -> list[str]:
+        """The runs that must be done before."""
+        return [name for name in (self.teacher, self.student, *self.teachers.values()) if name is not None]
 
 
 def _value(value: Any) -> str:
@@ -110,8 +117,8 @@ class Study:
                 run = Run(name=name, **{**content, "overlays": tuple(content.get("overlays", ()))})
             except TypeError as error:
                 raise BadInput(f"study, run {name!r}: {error}.") from error
-            for parent in (run.teacher, run.student):
-                if parent is not None and parent not in self.runs:
+            for parent in run.parents:
+                if parent not in self.runs:
                     raise BadInput(f"study, run {name!r}: its parent {parent!r} must be a run listed before it.")
             if not (ROOT / "bundles" / run.bundle / "configs" / "train.json").is_file():
                 raise BadInput(f"study, run {name!r}: there is no bundle {run.bundle!r}.")
@@ -162,6 +169,8 @@ class Study:
         for parent, key in _PARENTS.items():
             if getattr(run, parent) is not None:
                 settings[key] = str(self._model(getattr(run, parent), seed))
+        if run.teachers:
+            settings["teacher_paths"] = {name: str(self._model(of, seed)) for name, of in run.teachers.items()}
         trained = folder / "models"
         commands = []
         if run.epochs > 0:
@@ -201,8 +210,8 @@ class Study:
         identity = self._identity(run, seed, commands)
         if self.record(run, seed).get("identity") == identity:
             return
-        for parent in (run.teacher, run.student):
-            if parent is not None and not self.record(self.runs[parent], seed):
+        for parent in run.parents:
+            if not self.record(self.runs[parent], seed):
                 raise BadInput(
                     f"run {run.name}, seed {seed}: not begun, since {parent}, which it starts from, is not done."
                 )
@@ -233,9 +242,8 @@ class Study:
         files += [ROOT / "bundles" / run.bundle / "configs" / name for name in run.overlays]
         for path in files:
             digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")
-        for parent in (run.teacher, run.student):
-            if parent is not None:
-                digest.update(str(self.record(self.runs[parent], seed).get("identity")).encode())
+        for parent in run.parents:
+            digest.update(str(self.record(self.runs[parent], seed).get("identity")).encode())
         return digest.hexdigest()
 
     def record(self, run: Run, seed: int) -> dict[str, Any]:
@@ -264,7 +272,7 @@ class Study:
                 unfinished = {(run.name, seed) for run, seed in waiting}
                 unfinished |= {(run.name, seed) for run, seed, *_ in running.values()}
                 ready = [
-                    (run, seed) for run, seed in waiting if not unfinished & {(run.teacher, seed), (run.student, seed)}
+                    (run, seed) for run, seed in waiting if not unfinished & {(name, seed) for name in run.parents}
                 ]
                 for run, seed in ready[: len(shares)]:
                     waiting.remove((run, seed))

@@ -79,6 +79,17 @@ def test_commands_are_those_of_a_user(study: Study) -> None:
     assert "evaluate.json" not in option(training, "config_file")
 
 
+def test_a_run_of_several_teachers(tmp_path: Path) -> None:
+    runs = {name: {"bundle": "teacher", "epochs": 1, "set": {"organ": name}} for name in ("liver", "spleen")}
+    runs["student"] = {"bundle": "student", "epochs": 1, "teachers": {"liver": "liver", "spleen": "spleen"}}
+    study = Study({"runs": runs}, tmp_path, tmp_path / "out")
+    training, _ = study.commands(study.runs["student"], seed=0)
+    expected = {name: str(tmp_path / "out" / name / "seed0" / "models" / "model.pt") for name in ("liver", "spleen")}
+    assert json.loads(option(training, "teacher_paths")) == expected
+    with pytest.raises(BadInput, match="'spleen' must be a run listed before it"):
+        Study({"runs": {name: runs[name] for name in ("liver", "student")}}, tmp_path, tmp_path / "out")
+
+
 def test_a_run_without_epochs_evaluates_its_parents_weights(study: Study) -> None:
     (evaluation,) = study.commands(study.runs["geometric"], seed=0)
     assert option(evaluation, "ckpt_dir") == str(study.output / "student" / "seed0" / "models")

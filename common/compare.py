@@ -88,10 +88,13 @@ def read_recipes(folder: Path = _CONFIGS / "recipes") -> dict[str, Recipe]:
     """The own method and every recipe of a folder, by name.
 
     A file that names no ``train#method`` is a variant of the recipe by whose name its own begins, and is laid over it.
+    Recipes that read no unlabelled image, those for partial labels, are left out: they are no rows of this comparison.
     """
     contents = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     recipes = {OWN: Recipe(OWN)}
     for name, content in contents.items():
+        if content.get("train#dataloader#streams#unlabeled", True) is None:
+            continue
         names = [name]
         if "train#method" not in content:
             bases = [base for base in contents if "train#method" in contents[base] and name.startswith(f"{base}_")]

@@ -21,20 +21,20 @@ __all__ = ["dense_targets", "gap_table", "machine", "markdown", "regression_tabl
 
 def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Dice and HD95 a structure and over structures: columns and rows, a list of seeds in each cell."""
-    names: list[str] = []
+    measured = [(run, [r["summary"] for r in study.records(run)]) for run in study.runs.values()]
+    measured = [(run, records) for run, records in measured if records and records[0]["labels"]]
+    names = list(dict.fromkeys(name for _, records in measured for name in records[0]["labels"]))
     rows = []
-    for run in study.runs.values():
-        records = [r["summary"] for r in study.records(run)]
-        if not records or not records[0]["labels"]:
-            continue
-        names = names or list(records[0]["labels"])
+    for run, records in measured:
         row: dict[str, Any] = {"name": run.title or run.name}
-        row["dice"] = [summary["mean_dice"] for summary in records]
-        hd95 = [[s["labels"][name]["hd95"]["mean"] for name in names] for s in records]
-        row["hd95"] = [statistics.fmean(values) if None not in values else math.nan for values in hd95]
-        for name in names:
+        own = list(records[0]["labels"])
+        if len(own) == len(names):  # the means of a network of one organ alone compare with no other's
+            row["dice"] = [summary["mean_dice"] for summary in records]
+            hd95 = [[s["labels"][name]["hd95"]["mean"] for name in names] for s in records]
+            row["hd95"] = [statistics.fmean(values) if None not in values else math.nan for values in hd95]
+        for name in own:
             row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
-        row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in names))
+        row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in own))
         row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
         rows.append(row)
     columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]

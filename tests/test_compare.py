@@ -116,7 +116,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
 def test_every_file_is_a_recipe_whose_overlays_exist() -> None:
     recipes = read_recipes()
     folder = ROOT / "bundles" / "student" / "configs"
-    assert set(recipes) == {"distillation", *(path.stem for path in (folder / "recipes").glob("*.json"))}
+    partial_labels = {"co_training", "dodnet", "ms_kd"}
+    files = {path.stem for path in (folder / "recipes").glob("*.json")}
+    assert set(recipes) == {"distillation", *files - partial_labels}
+    assert partial_labels < files
     assert recipes["ase_net_dybac"].overlays == ("recipes/ase_net.json", "recipes/ase_net_dybac.json")
     assert recipes["aggregating_decoupling_without_diffusion"].title == "A&D without diffusion"
     assert {name for name, recipe in recipes.items() if recipe.needs_teacher} == {

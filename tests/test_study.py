@@ -173,6 +173,24 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     assert "supervised" in markdown(study)
 
 
+def test_a_network_of_one_organ_fills_its_own_column(tmp_path: Path) -> None:
+    runs = {name: {"bundle": "teacher", "epochs": 1} for name in ("a", "b", "both")}
+    study = Study({"runs": runs}, tmp_path, tmp_path)
+    for run in study.runs.values():
+        labels = LABELS if run.name == "both" else {run.name: LABELS[run.name]}
+        summary = {"labels": labels, "mean_dice": 0.7, "targets": {}}
+        folder = study.folder(run, 0)
+        folder.mkdir(parents=True)
+        (folder / "record.json").write_text(json.dumps({"train_seconds": 1, "test_seconds": 1, "summary": summary}))
+    columns, rows = segmentation_table(study)
+    assert [column["key"] for column in columns[:3]] == ["dice", "dice/a", "dice/b"]
+    assert [sorted(key for key in row if key.startswith(("dice", "hd95"))) for row in rows] == [
+        ["dice/a"],
+        ["dice/b"],
+        ["dice", "dice/a", "dice/b", "hd95"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("runs", "words"),
     [

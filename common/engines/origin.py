@@ -98,7 +98,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) ->
     return [
         f"{name}: trained with {then}, found {found}"
         for name, (then, found) in pairs.items()
-        if then is not None and found is not None and _short(then) != _short(found)
+        # That a network is of all organs is said by null.
+        if (None not in (then, found) or (own and name == "organ")) and _short(then) != _short(found)
     ]
 
 

@@ -13,6 +13,7 @@ from ..errors import BadInput
 __all__ = [
     "NOT_STATED",
     "STATED",
+    "classes_of",
     "fill_metadata",
     "lineage",
     "make_card",
@@ -34,6 +35,12 @@ _REGRESSION = ("mae", "rmse", "r2")
 _UNITS = {"dice": "", "jaccard": "", "hd95": " [mm]", "asd": " [mm]"}
 _HEADING = re.compile(r"^(#+ )", re.MULTILINE)
 _OWN_VALUES = re.compile(r"The configs' own values are.*?plan\.json'\]\"`\.", re.DOTALL)
+
+
+def classes_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """The classes of a config's network by id: its ``labels``, or background and the one ``organ`` it names."""
+    labels = config["labels"]
+    return labels if config.get("organ") is None else {"0": labels["0"], "1": config["organ"]}
 
 
 def public_record(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def output_channels(config: Mapping[str, Any], segments: bool, channels: int) ->
     Raises:
         BadInput: labels and targets don't account for the channels.
     """
-    labels = [name for _, name in sorted(config["labels"].items(), key=lambda item: int(item[0]))] if segments else []
+    labels = [name for _, name in sorted(classes_of(config).items(), key=lambda item: int(item[0]))] if segments else []
     targets = [
         f"{target['name']} ({target['unit']})" if target.get("unit") else target["name"]
         for target in config.get("targets", ())
@@ -153,7 +160,7 @@ def fill_metadata(
         )
     intensity, patch = config["intensity"], config["patch_size"]
     is_ct = intensity["kind"] == "ct"
-    classes = ", ".join(f"{label} {name}" for label, name in config["labels"].items())
+    classes = ", ".join(f"{label} {name}" for label, name in classes_of(config).items())
     count = "one channel" if config["channels"] == 1 else f"{config['channels']} channels"
     # The packages that are named, in the versions that are here.
     packages = {name: _installed(name) or known for name, known in template["required_packages_version"].items()}
@@ -218,7 +225,7 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
     # The comments in code blocks, which start alike, are none here: the cards' blocks hold commands alone.
     card = _HEADING.sub(r"#\1", card)
     rows = [
-        ("classes", ", ".join(f"{label} {name}" for label, name in config["labels"].items())),
+        ("classes", ", ".join(f"{label} {name}" for label, name in classes_of(config).items())),
         *(
             (f"measures {target['name']}", f"{target.get('kind', 'dense')}, {target.get('unit') or 'no unit'}")
             for target in config.get("targets", ())

@@ -27,7 +27,16 @@ from ..files import write_atomically
 from ..networks import hand_over, read_weights, save_weights, state_digest
 from .archive import CHECKSUMS, archive_bytes, checksum_list
 from .configs import carried, merge_configs, read_json
-from .metadata import NOT_STATED, fill_metadata, lineage, make_card, output_channels, public_record, reached_metrics
+from .metadata import (
+    NOT_STATED,
+    classes_of,
+    fill_metadata,
+    lineage,
+    make_card,
+    output_channels,
+    public_record,
+    reached_metrics,
+)
 from .privacy import find_leaks, identifiers
 
 __all__ = ["add_arguments", "main", "pack_bundle"]
@@ -97,7 +106,7 @@ def pack_bundle(
     metrics = {}
     if evaluation is not None:
         metrics = reached_metrics(
-            read_json(Path(evaluation)), inference["labels"], inference.get("targets", ()), evaluation
+            read_json(Path(evaluation)), classes_of(inference), inference.get("targets", ()), evaluation
         )
     filled = fill_metadata(
         template,

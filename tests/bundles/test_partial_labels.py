@@ -90,9 +90,10 @@ def test_a_teacher_of_one_organ_from_training_to_inference(data: Path, workflow:
     assert list(found["volumes"]) == ["wall"]
     network, _ = read_organ_teacher(tmp_path / "models/model.pt", "wall")
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-    with pytest.raises(Exception) as caught:  # noqa: PT011
-        workflow("teacher", names=("inference.json",), organ="lumen", input=case["image"], **folders(tmp_path, "x"))
-    assert "organ: trained with wall, found lumen" in find_bad_input(caught.value)
+    for wrong in ("lumen", None):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            workflow("teacher", names=("inference.json",), organ=wrong, input=case["image"], **folders(tmp_path, "x"))
+        assert f"organ: trained with wall, found {wrong}" in find_bad_input(caught.value)
 
 
 def test_it_learns_from_the_cases_that_label_its_organ(data: Path, plan: Path) -> None:

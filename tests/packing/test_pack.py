@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser
 from common.__main__ import main
 from common.errors import BadInput
 from common.networks import read_weights
+from common.packing.metadata import classes_of, output_channels
 
 Pack = Callable[..., Path]
 SUMMARY = {
@@ -297,3 +298,11 @@ def test_from_the_command_line(capsys: pytest.CaptureFixture[str], trained: dict
     assert "returns: 0 background, 1 lumen, 2 wall" in printed
     assert "--metadata" in printed
     assert path.is_file()
+
+
+def test_the_classes_of_a_teacher_of_one_organ() -> None:
+    labels = {"0": "background", "1": "liver", "2": "spleen"}
+    assert classes_of({"labels": labels, "organ": None}) == labels
+    assert classes_of({"labels": labels, "organ": "spleen"}) == {"0": "background", "1": "spleen"}
+    channels = output_channels({"labels": labels, "organ": "spleen"}, segments=True, channels=2)
+    assert channels == {"0": "background", "1": "spleen"}

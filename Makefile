@@ -53,7 +53,7 @@ $(LABEL)/.ready: $(LABEL_FILES) pyproject.toml
 test: setup lint
 	# where MONAI Label can't be installed, the tests of it are skipped and say so
 	-$(MAKE) --no-print-directory $(LABEL)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
 
 lint: setup
 	$(BIN)/ruff check .

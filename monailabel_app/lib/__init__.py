@@ -1,0 +1,1 @@
+"""Parts of the app; MONAI Label reloads what is called ``lib``."""

@@ -1,0 +1,119 @@
+"""MONAI Label's own app for bundles, offline: the bundles of this checkout and, packed, those that are shared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from label_server import AWKWARD, CORRUPT, ENVIRONMENT, ROOT, STAGES, UNFAMILIAR, Server, Volumes, digest
+from monai.bundle import ConfigParser
+
+from common.networks import save_weights
+
+CONF = {"models": ",".join(STAGES), "zoo_source": "none", "sam2": "false"}
+
+
+def network_config(stage: str, name: str, plan: Path) -> ConfigParser:
+    parser = ConfigParser()
+    parser.read_config([str(ROOT / "bundles" / stage / "configs" / name), str(plan)])
+    return parser
+
+
+def untrained(stage: str, plan: Path, path: Path) -> None:
+    """Some weights: without any, the app does not offer the model."""
+    save_weights(network_config(stage, "inference.json", plan).get_parsed_content("network_def"), path)
+
+
+def copy_bundle(stage: str, volumes: Volumes, target: Path) -> None:
+    """The bundle of the checkout with the plan in its files: the app reads each of them alone."""
+    shutil.copytree(ROOT / "bundles" / stage, target, ignore=shutil.ignore_patterns("models", "eval"))
+    for name in ("train.json", "inference.json"):
+        merged = network_config(stage, name, volumes.plan)
+        (target / "configs" / name).write_text(json.dumps(merged.get()))
+    metadata = json.loads((target / "configs" / "metadata.json").read_text())
+    names = {str(index): name for index, name in enumerate(["background", *volumes.label_names])}
+    metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = names
+    (target / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    untrained(stage, volumes.plan, target / "models" / "model.pt")
+
+
+def pack_and_unpack(stage: str, volumes: Volumes, target: Path, folder: Path) -> None:
+    """The bundle as somebody gets it who has nothing but the packed file."""
+    packing = pytest.importorskip("common.packing", reason="bundles can't be packed yet")
+    untrained(stage, volumes.plan, folder / "weights" / stage / "model.pt")
+    archive = folder / f"{stage}.zip"
+    packing.pack_bundle(stage, archive, plan=volumes.plan, weights=folder / "weights" / stage / "model.pt")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "unpacked")
+        top = file.namelist()[0].split("/")[0]
+    (folder / "unpacked" / top).rename(target)
+
+
+@pytest.fixture(scope="module", params=["checkout", "packed"])
+def server(
+    request: pytest.FixtureRequest, volumes: Volumes, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp(f"stock_{request.param}")
+    app = shutil.copytree(ENVIRONMENT / "monailabel" / "sample-apps" / "monaibundle", folder / "app")
+    (app / "model").mkdir()
+    for stage in STAGES:
+        if request.param == "packed":
+            pack_and_unpack(stage, volumes, app / "model" / stage, folder)
+        else:
+            copy_bundle(stage, volumes, app / "model" / stage)
+    with Server(app, volumes.studies(folder / "studies"), folder, CONF) as running:
+        yield running
+
+
+def test_lists_all_three(server: Server, volumes: Volumes) -> None:
+    info = server.info()
+    assert list(info["models"]) == list(info["trainers"]) == list(STAGES)
+    for stage in STAGES:
+        assert info["models"][stage]["type"] == "segmentation"
+        assert set(volumes.label_names) <= set(info["models"][stage]["labels"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_whole_round(server: Server, volumes: Volumes, stage: str, tmp_path: Path) -> None:
+    folder = server.folder
+    before = server.predict(stage, AWKWARD, tmp_path / "before.nii.gz")
+    assert set(before["volumes"]) == set(volumes.label_names)
+    assert server.ask("POST", "/activelearning/random", json={})["id"] in volumes.images
+    for name, path in volumes.labels.items():
+        assert server.put_label(name, path).ok
+    model = folder / "app" / "model" / stage / "models" / "model.pt"
+    kept = digest(model)
+    task = server.train(stage)
+    assert task["status"] == "DONE", task
+    assert digest(model) != kept
+    if stage == "student":
+        assert f"3 labelled, {len(volumes.images) - 4} unlabelled" in server.log.read_text()
+        assert f"{CORRUPT}.nii.gz is left out" in server.log.read_text()
+    numbers = server.predict(stage, UNFAMILIAR, tmp_path / "after.nii.gz", save_label=True)
+    found, image = nib.load(tmp_path / "after.nii.gz"), nib.load(volumes.images[UNFAMILIAR])
+    assert found.shape == image.shape
+    np.testing.assert_allclose(found.affine, image.affine, atol=1e-4)
+    assert set(np.unique(np.asarray(found.dataobj))) <= {0, 1, 2}
+    assert (folder / "studies" / "labels" / "original" / f"{UNFAMILIAR}.nii.gz").exists()
+    known = server.ask("GET", "/datastore/label/info", params={"label": UNFAMILIAR, "tag": "original"})
+    assert known["params"]["volumes"] == numbers["volumes"]
+    if stage == "dual_decoder":
+        assert known["params"]["thickness"] == numbers["thickness"]
+        assert numbers["thickness"]["unit"] == "mm"
+        server.predict(stage, UNFAMILIAR, tmp_path / "map.nii.gz", output_map="thickness")
+        shown = nib.load(tmp_path / "map.nii.gz")
+        assert (shown.shape, shown.get_data_dtype()) == (image.shape, np.float32)
+
+
+def test_answers_after_what_it_cannot_do(server: Server) -> None:
+    """MONAI Label's app says why in its log alone; here it has to stay alive."""
+    assert server.infer("teacher", CORRUPT).status_code == 500
+    server.wait_for(f"{CORRUPT}.nii.gz can't be read")
+    assert server.infer("nobody", AWKWARD).status_code == 500
+    assert list(server.info()["models"]) == list(STAGES)

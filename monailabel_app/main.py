@@ -170,8 +170,9 @@ class FewLabelsApp(MONAILabelApp):
         address = f"http://127.0.0.1:{settings.MONAI_LABEL_SERVER_PORT}"
         print(
             f"\nMONAI Label answers at {address} (what it can do: {address}/)\n"
-            "  3D Slicer: Extensions Manager > MONAILabel, then module MONAI Label: this address as server, the green\n"
-            "    arrows to connect, Next Sample, Auto Segmentation > Run, correct, Submit Label; Train > all_stages.\n"
+            "  3D Slicer, with its extension MONAI Label: module MONAI Label, this address as server, fetch models;\n"
+            "    Active Learning > Next Sample; Auto Segmentation > Run; correct the segments; Submit Label;\n"
+            "    after a few: Active Learning > Model all_stages > Train. See docs/monai-label.md.\n"
             f"  OHIF: {address}/ohif/ when STUDIES is the address of a DICOMweb server.\n"
             "Ctrl-C ends it.\n",
             flush=True,

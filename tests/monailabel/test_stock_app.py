@@ -11,10 +11,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from label_server import AWKWARD, CORRUPT, ENVIRONMENT, ROOT, STAGES, UNFAMILIAR, Server, Volumes, digest
 from monai.bundle import ConfigParser
 
-from common.networks import save_weights
+from common.networks import read_weights, save_weights
 
 CONF = {"models": ",".join(STAGES), "zoo_source": "none", "sam2": "false"}
 
@@ -104,6 +105,10 @@ def test_the_whole_round(server: Server, volumes: Volumes, stage: str, tmp_path:
     known = server.ask("GET", "/datastore/label/info", params={"label": UNFAMILIAR, "tag": "original"})
     assert known["params"]["volumes"] == numbers["volumes"]
     if stage == "dual_decoder":
+        # Its former weights, which MONAI Label would have it train on from, don't come between it and the student.
+        student = read_weights(folder / "app" / "model" / "student" / "models" / "model.pt")
+        dual = read_weights(model)
+        assert all(torch.equal(dual[name], value) for name, value in student.items())
         assert known["params"]["thickness"] == numbers["thickness"]
         assert numbers["thickness"]["unit"] == "mm"
         server.predict(stage, UNFAMILIAR, tmp_path / "map.nii.gz", output_map="thickness")

@@ -32,8 +32,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .data.datalist import SECTIONS, case_name, check_cases, check_output, load_section, read_datalist, read_grid
-from .data.streams import _share
-from .data.thickness import _seen_from
+from .data.streams import process_share
+from .data.thickness import seen_from
 from .engines.organ_teachers import read_organ_teacher, teachers_in_order
 from .errors import BadInput
 from .files import write_atomically, write_nifti
@@ -129,7 +129,7 @@ def complete(
     cases = load_section(content, "training")
     check_cases(cases, labels)
     _check_names(cases)
-    rank, processes = _share()
+    rank, processes = process_share()
     if rank == 0:
         _check_record(output, _digests(teachers))
     _wait(processes)
@@ -231,7 +231,7 @@ def _write_datalist(
     for section in SECTIONS:
         for entry in new.get(section, []):
             for key in entry.keys() - {"annotated", "patient"}:
-                entry[key] = _seen_from(output, folder, entry[key])
+                entry[key] = seen_from(output, folder, entry[key])
     for entry, case in zip(new["training"], cases, strict=True):
         path = _file(case, output) if _unknown(case, paths) else case["label"]
         entry["completed"] = os.path.relpath(path, output)

@@ -26,6 +26,7 @@ import nibabel
 import numpy as np
 
 from ..errors import BadInput
+from ..targets import dense_names
 
 __all__ = [
     "SECTIONS",
@@ -441,7 +442,7 @@ def _case_problems(
             f"{case}: the image has {len(image.shape)} spatial dimensions, "
             f"`patch_size` {list(patch_size)} has {len(patch_size)}"
         )
-    dense = [target["name"] for target in targets if target.get("kind", "dense") == "dense"]
+    dense = dense_names(targets)
     for key in ("label", *dense):
         if entry.get(key) is None:
             continue

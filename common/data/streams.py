@@ -17,11 +17,12 @@ from monai.data import CacheDataset, MetaTensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import BadInput
+from ..targets import is_dense
 
 __all__ = ["EpochSampler", "SeededDataset", "StreamLoader", "collate_plain", "make_loader", "whole_cases"]
 
 
-def _share() -> tuple[int, int]:
+def process_share() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -64,7 +65,7 @@ class EpochSampler(Sampler):
         key = [self.seed % 2**32, self.epoch, self.round, zlib.crc32(self.stream.encode())]
         self.round += 1
         generator = np.random.default_rng(key)
-        rank, processes = _share()
+        rank, processes = process_share()
         total = self.samples * processes
         permutations = [generator.permutation(self.size) for _ in range(-(-total // self.size))]
         indices = np.concatenate(permutations)[:total] if permutations else np.empty(0, dtype=int)
@@ -157,7 +158,7 @@ def make_loader(
     if batch_size < 1:
         raise BadInput(f"`batch_size` is {batch_size}; expected 1 or more")
     if iterations is None:
-        iterations = -(-len(dataset) // (batch_size * _share()[1]))
+        iterations = -(-len(dataset) // (batch_size * process_share()[1]))
     return DataLoader(
         SeededDataset(dataset),
         batch_size=batch_size,
@@ -192,7 +193,7 @@ def whole_cases(
     Raises:
         BadInput: no entry has a number for a case-level target.
     """
-    names = [target["name"] for target in targets if target.get("kind", "dense") != "dense"]
+    names = [target["name"] for target in targets if not is_dense(target)]
     if not names:
         return None
     cases = [entry for entry in entries if any(entry.get(name) is not None for name in names)]

@@ -201,7 +201,7 @@ def _jobs(content: Mapping[str, Any], folder: Path, output: Path, name: str) -> 
             label = entry.get("label")
             for key, value in entry.items():
                 if key not in ("annotated", "patient"):
-                    entry[key] = _seen_from(output, folder, value)
+                    entry[key] = seen_from(output, folder, value)
             if label is None:
                 continue
             if not isinstance(label, str):
@@ -217,10 +217,10 @@ def _jobs(content: Mapping[str, Any], folder: Path, output: Path, name: str) -> 
     return jobs
 
 
-def _seen_from(output: Path, folder: Path, value: Any) -> Any:
+def seen_from(output: Path, folder: Path, value: Any) -> Any:
     """A path relative to the output folder, where ``value`` is the path of something that exists; else ``value``."""
     if isinstance(value, list):
-        return [_seen_from(output, folder, item) for item in value]
+        return [seen_from(output, folder, item) for item in value]
     if isinstance(value, str) and value and (folder / value).exists():
         return os.path.relpath((folder / value).resolve(), output.resolve())
     return value

@@ -19,7 +19,7 @@ from monai.data.utils import to_affine_nd
 from scipy import ndimage
 
 from ..data.datalist import case_name
-from ..targets import is_dense, structure_ids
+from ..targets import dense_names, is_dense, structure_ids
 from .cases import array, case_file, cases_of, is_main
 from .pictures import DOTS_PER_INCH, _draw_contours, _save, _show
 
@@ -246,7 +246,7 @@ class CaseOverview:
             return
         for case in cases_of(engine):
             name, image, found = case_name(case_file(case)), case[self.image_key], case[self.prediction_key]
-            names = [target["name"] for target in self.targets if is_dense(target)]
+            names = dense_names(self.targets)
             save_case_overview(
                 self.output_dir / f"{name}_overview.png",
                 array(image),

@@ -48,7 +48,7 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     """
     record = read_record(model_path)
     record.pop("config", None)
-    return {"weights": weights_digest(model_path), **record}
+    return record or {"weights": weights_digest(model_path)}
 
 
 class _Run(MLFlowHandler):

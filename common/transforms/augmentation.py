@@ -38,6 +38,7 @@ from monai.transforms import (
 )
 
 from ..errors import BadInput
+from ..targets import is_dense
 
 __all__ = ["crop", "crop_indices", "supervised_augmentation", "weak_and_strong"]
 
@@ -263,7 +264,7 @@ def weak_and_strong(
 def _maps(keys: Sequence[str], targets: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, float]]:
     """The keys that are maps, and of the dense targets among them the value that says "missing"."""
     described = {target["name"]: target for target in targets}
-    maps = [key for key in keys if described.get(key, {}).get("kind", "dense") == "dense"]
+    maps = [key for key in keys if is_dense(described.get(key, {}))]
     return maps, {key: float(described[key].get("missing", 0)) for key in maps if key in described}
 
 

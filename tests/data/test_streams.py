@@ -60,7 +60,7 @@ def test_processes_share_one_sequence(monkeypatch):
     whole = list(EpochSampler(7, 6))
     shares = []
     for rank in range(2):
-        monkeypatch.setattr("common.data.streams._share", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr("common.data.streams.process_share", lambda rank=rank: (rank, 2))
         shares.append(list(EpochSampler(7, 3)))
     assert [index for pair in zip(*shares, strict=True) for index, _ in pair] == [index for index, _ in whole]
     assert len({seed for share in shares for _, seed in share}) == 6
@@ -71,7 +71,7 @@ def test_processes_draw_together_what_one_draws_in_larger_batches(monkeypatch, b
     """Case by case and voxel by voxel, over more than one round of the cases."""
 
     def draw(rank: int, processes: int) -> list[torch.Tensor]:
-        monkeypatch.setattr("common.data.streams._share", lambda: (rank, processes))
+        monkeypatch.setattr("common.data.streams.process_share", lambda: (rank, processes))
         loader = make_loader(dataset(7), batch_size * 2 // processes, seed=3)
         return [batch["cases"]["image"] for batch in StreamLoader({"cases": loader}, length=9)]
 

@@ -11,6 +11,8 @@ from ..errors import BadInput, report_plainly
 
 __all__ = ["distributed_device", "start_distributed", "stop_distributed"]
 
+GLOO_THREADS = 2  # of a process group, by PyTorch's default
+
 
 def distributed_device() -> str:
     """The device of this process: the GPU of its local rank, or the CPU."""
@@ -37,6 +39,12 @@ def start_distributed() -> None:
 
 
 def stop_distributed() -> None:
-    """Leave the process group."""
+    """Leave the process group, together.
+
+    A barrier first: no process takes the group from under another that still talks, and Gloo's threads have let go of
+    their last tensors before the interpreter ends (one that does so later aborts the process, its work done).
+    """
     if dist.is_initialized():
+        for _ in range(GLOO_THREADS):
+            dist.barrier()
         dist.destroy_process_group()

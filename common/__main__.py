@@ -13,7 +13,7 @@ COMMANDS = {
     "phantoms": ("common.data.phantom", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
     "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
     "datalist": ("common.data.folders", "make a datalist from folders of images, labels and maps"),
-    "plan": ("common.plan", "plan spacing, patch, network and intensities for a data set"),
+    "plan": ("common.planning.plan", "plan spacing, patch, network and intensities for a data set"),
     "import-nnunet": ("common.import_nnunet", "make a teacher of a model that nnU-Net v2 has trained"),
     "complete": ("common.completion", "complete partly labelled cases with the predictions of single-organ teachers"),
     "pack": ("common.packing.pack", "pack a trained bundle and all that it needs into one file to share"),

@@ -12,7 +12,7 @@ from typing import Any
 from .data.datalist import read_datalist
 from .data.phantom import generate_phantoms
 from .errors import BadInput
-from .plan import IMAGE_SUFFIXES, NOT_TARGETS
+from .planning import IMAGE_SUFFIXES, NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
 from .tables import dense_targets, machine, markdown, regression_table, segmentation_table

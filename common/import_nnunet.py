@@ -332,12 +332,13 @@ def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], where
     schemes = configuration["normalization_schemes"]
     found = ", ".join(sorted(set(schemes)))
     if found == "ZScoreNormalization":
-        if any(configuration["use_mask_for_norm"]):
+        masked = set(configuration["use_mask_for_norm"])
+        if len(masked) > 1:
             raise BadInput(
-                f"{where}: `use_mask_for_norm` is true, images were normalised inside their non-zero part only (skull-"
-                "stripped brains); the bundles normalise whole images. Train nnU-Net with it false."
+                f"{where}: `use_mask_for_norm` is true for some channels only; the bundles normalise all alike. Train "
+                "nnU-Net with it true or false for all."
             )
-        return {"kind": "zscore"}
+        return {"kind": "zscore", "nonzero": True} if masked == {True} else {"kind": "zscore"}
     if found == "RGBTo01Normalization":
         return {"kind": "ct", "lower": 0.0, "upper": 255.0, "mean": 0.0, "std": 255.0}
     if found == "CTNormalization":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from .errors import BadInput
 from .files import write_atomically
-from .plan import make_plan, parse_memory
+from .planning import make_plan, parse_memory
 from .tables import markdown
 
 __all__ = ["Run", "Study", "add_arguments", "main"]

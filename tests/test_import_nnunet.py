@@ -326,9 +326,11 @@ def test_the_plan_is_nnunets(tmp_path: Path) -> None:
 
 def test_what_differs_between_models(tmp_path: Path) -> None:
     # Sagittal slices, thick from left to right, never mirrored from front to back; a configuration that inherits.
+    sagittal = plans(ANISOTROPIC, normalization=["ZScoreNormalization"])
+    sagittal["configurations"]["3d_fullres"]["use_mask_for_norm"] = [True]
     folder = write_folder(
         tmp_path / "sagittal",
-        plans(ANISOTROPIC, normalization=["ZScoreNormalization"]),
+        sagittal,
         random_weights(ANISOTROPIC),
         labels={**LABELS, "ignore": 3},
         mirrored=(0, 1),
@@ -337,7 +339,7 @@ def test_what_differs_between_models(tmp_path: Path) -> None:
     plan, _, _ = import_nnunet(folder, orientation="PSR")
     assert plan["spacing"] == [5.0, 0.7, 0.8]
     assert (plan["thick_axis"], plan["mirror_axes"], plan["batch_size"]) == (0, [0, 2], 6)
-    assert plan["intensity"] == {"kind": "zscore"}
+    assert plan["intensity"] == {"kind": "zscore", "nonzero": True}
     assert plan["labels"] == {"0": "background", "1": "lumen", "2": "wall"}
 
     photographs = plans(FLAT, reader="NaturalImage2DIO", normalization=["RGBTo01Normalization"])
@@ -386,7 +388,11 @@ RESIDUAL = {
         (edited(norm_op="torch.nn.modules.batchnorm.BatchNorm3d"), LABELS, "BatchNorm3d"),
         (edited(normalization_schemes=["NoNormalization"]), LABELS, "NoNormalization"),
         (edited(normalization_schemes=["CTNormalization", "ZScoreNormalization"]), LABELS, "CTNormalization, ZScore"),
-        (edited(normalization_schemes=["ZScoreNormalization"], use_mask_for_norm=[True]), LABELS, "use_mask_for_norm"),
+        (
+            edited(normalization_schemes=["ZScoreNormalization"] * 2, use_mask_for_norm=[True, False]),
+            LABELS,
+            "use_mask",
+        ),
         (plans(ISOTROPIC), {"background": 0, "whole": [1, 2], "core": 2}, "whole are regions"),
         (plans(ISOTROPIC), {"background": 0, "wall": 2}, "without a gap"),
         (plans(ISOTROPIC), {"background": 0, "lumen": 1}, "segmentation_decoder.heads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -65,6 +66,7 @@ class LoadCased(MapTransform):
         with warnings.catch_warnings():
             # MONAI tries all its readers, and warns of a decoder for GPUs that none of the files needs.
             warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
+            logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
             self.load = LoadImage(image_only=True, ensure_channel_first=True, simple_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

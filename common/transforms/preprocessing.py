@@ -17,6 +17,7 @@ from monai.transforms import (
 from monai.transforms import Spacingd as MonaiSpacingd
 
 from ..errors import BadInput
+from ..switches import is_on
 from ..targets import dense_names
 from .loading import LoadCased
 
@@ -71,9 +72,10 @@ def preprocessing(
         channels: channels that the image must have.
         targets: descriptions of the regression targets.
         spacing: voxel size in mm, one number a spatial axis; None keeps the file's own.
-        intensity: ``{"kind": "zscore"}`` for mean 0 and standard deviation 1 a volume and channel (the default), or
-            ``{"kind": "ct", "lower": ..., "upper": ..., "mean": ..., "std": ...}`` for clipping, then the data set's
-            mean and standard deviation, in the file's unit.
+        intensity: ``{"kind": "zscore"}`` for mean 0 and standard deviation 1 a volume and channel (the default), with
+            ``"nonzero": true`` of the voxels that aren't 0, which alone are changed, or ``{"kind": "ct", "lower": ...,
+            "upper": ..., "mean": ..., "std": ...}`` for clipping, then the data set's mean and standard deviation, in
+            the file's unit.
 
     Returns:
         A transform of an entry to ``image`` (C, *spatial) float32, ``label`` (1, *spatial) integer, dense targets
@@ -105,7 +107,8 @@ def preprocessing(
 def _normalization(intensity: Mapping[str, Any]) -> Callable:
     kind = intensity.get("kind")
     if kind == "zscore":
-        return NormalizeIntensityd("image", nonzero=False, channel_wise=True, allow_missing_keys=True)
+        nonzero = is_on(intensity.get("nonzero", False), "intensity, nonzero")
+        return NormalizeIntensityd("image", nonzero=nonzero, channel_wise=True, allow_missing_keys=True)
     if kind != "ct":
         raise BadInput(f'`intensity` has the kind {kind!r}; expected "zscore" or "ct"')
     lacking = [name for name in ("lower", "upper", "mean", "std") if not isinstance(intensity.get(name), (int, float))]

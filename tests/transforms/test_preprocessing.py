@@ -119,6 +119,16 @@ def test_zscore_is_a_channel(tmp_path):
     np.testing.assert_allclose(done.std((1, 2, 3), correction=0), 1, atol=1e-3)
 
 
+def test_zscore_of_the_nonzero_part_leaves_the_rest_at_zero(tmp_path):
+    image = np.zeros((4, 4, 4), np.float32)
+    image[1, 1] = [0, 10, 20, 30]
+    path = write(tmp_path / "a.nii.gz", image, np.eye(4))
+    done = preprocessing(intensity={"kind": "zscore", "nonzero": True})({"image": path})["image"][0]
+    spread = (200 / 3) ** 0.5  # of 10, 20 and 30
+    np.testing.assert_allclose(done[1, 1], [0, -10 / spread, 0, 10 / spread], atol=1e-5)
+    assert np.count_nonzero(done) == 2
+
+
 def test_ct_clips_then_normalises(tmp_path):
     image = np.zeros((2, 2, 2), np.float32)
     image.flat = [-2000, -100, 0, 40, 100, 200, 300, 4000]

@@ -1,0 +1,143 @@
+"""What looks wrong in a data set: not enough to refuse it, enough to have a look before days of training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..targets import is_dense
+from .findings import Case, Findings
+
+__all__ = ["doubts"]
+
+SHOWN = 5
+OTHER_SPACING = 2.0  # times the median, or a half of it
+OTHER_UNIT = 20.0  # times the median, or that part of it; millimetres and micrometres differ by more
+AIR = -200.0  # a CT shows air, of -1000 Hounsfield units, nearly always
+
+
+def doubts(findings: Findings) -> list[str]:
+    """A sentence for each thing that looks wrong, with the cases and what to do. Empty when nothing does."""
+    return [
+        sentence
+        for check in (_orientations, _spacings, _labels, _hounsfield_units, _target_units)
+        for sentence in check(findings)
+    ]
+
+
+def _names(cases: Sequence[Case]) -> str:
+    more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
+    return ", ".join(case.name for case in cases[:SHOWN]) + more
+
+
+def _orientations(findings: Findings) -> list[str]:
+    counts = Counter(case.orientation for case in findings.cases)
+    if len(counts) < 2:
+        return []
+    most = counts.most_common(1)[0][0]
+    others = [case for case in findings.cases if case.orientation != most]
+    found = ", ".join(f"{count} of {letters}" for letters, count in counts.most_common())
+    return [
+        f"mixed orientations: {found}; not {most}: {_names(others)}. All are brought to RAS by their headers: look "
+        "whether left is left in these."
+    ]
+
+
+def _spacings(findings: Findings) -> list[str]:
+    spacings = findings.spacings
+    ratio = spacings / np.median(spacings, axis=0)
+    other = [
+        case
+        for case, row in zip(findings.cases, ratio, strict=True)
+        if (row > OTHER_SPACING).any() or (row < 1 / OTHER_SPACING).any()
+    ]
+    return [
+        f"{case.name}: voxels of {' x '.join(f'{size:g}' for size in case.spacing)} mm, the median is "
+        f"{' x '.join(f'{size:g}' for size in np.median(spacings, axis=0))}. Check its header, or leave it out."
+        for case in other[:SHOWN]
+    ] + ([f"{len(other) - SHOWN} more cases with another voxel size."] if len(other) > SHOWN else [])
+
+
+def _labels(findings: Findings) -> list[str]:
+    sentences = []
+    labelled = [case for case in findings.cases if case.label_voxels is not None]
+    unlabelled = [case for case in findings.cases if case.label_voxels is None]
+    if unlabelled:
+        sentences.append(f"without a label in `training`: {_names(unlabelled)}. Move them to `unlabeled`.")
+    voxels = sum((case.label_voxels for case in labelled), np.zeros(len(findings.labels), int))
+    for identity, name in findings.labels.items():
+        if voxels[int(identity)] == 0:
+            sentences.append(
+                f"the label {identity}, {name}, is in no training case, so it can't be learnt. Add cases that have it, "
+                "or take it out of `labels`."
+            )
+    empty = [case for case in labelled if not case.label_voxels[1:].any()]
+    if empty and len(empty) < len(labelled):
+        sentences.append(f"nothing is labelled in {_names(empty)}. Keep these only if nothing is there.")
+    return sentences
+
+
+def _hounsfield_units(findings: Findings) -> list[str]:
+    if not findings.ct:
+        return []
+    airless = [case for case in findings.cases if case.lowest > AIR]
+    if not airless:
+        return []
+    low, high = min(case.lowest for case in airless), max(case.highest for case in airless)
+    return [
+        f"{_names(airless)}: called CT, but no voxel is below {AIR:g} (found {low:g} to {high:g}), so they may be "
+        "normalised, windowed or stored with an offset. Export them in Hounsfield units, or name another `modality`."
+    ]
+
+
+def _target_units(findings: Findings) -> list[str]:
+    sentences = []
+    for target in findings.targets:
+        name, unit = target["name"], target.get("unit", "")
+        if not unit:
+            sentences.append(f"target {name}: no unit given. Add `targets` with a `unit` to the datalist.")
+        if is_dense(target):
+            sizes = {
+                case.name: found[0].sum() / found[1].sum()
+                for case in findings.cases
+                if (found := case.maps.get(name)) is not None and found[1].sum()
+            }
+            if unit == "mm":
+                sentences += _beyond_the_image(findings, name)
+        else:
+            sizes = {case.name: case.numbers[name] for case in findings.cases if np.isfinite(case.numbers[name])}
+        sentences += _other_unit(name, unit, sizes)
+    return sentences
+
+
+def _beyond_the_image(findings: Findings, name: str) -> list[str]:
+    beyond = [
+        case
+        for case in findings.cases
+        if name in case.maps and case.maps[name][2] > np.linalg.norm(case.shape * case.spacing)
+    ]
+    if not beyond:
+        return []
+    worst = beyond[0]
+    return [
+        f"target {name}: {_names(beyond)}: values up to {worst.maps[name][2]:g} mm are longer than the image itself, "
+        f"{np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
+    ]
+
+
+def _other_unit(name: str, unit: str, sizes: dict[str, float]) -> list[str]:
+    present = {case: abs(size) for case, size in sizes.items() if size}
+    if len(present) < 3:
+        return []
+    median = float(np.median(list(present.values())))
+    far = [case for case, size in present.items() if size > OTHER_UNIT * median or size < median / OTHER_UNIT]
+    if not far:
+        return []
+    return [
+        f"target {name}: {far[0]} has {sizes[far[0]]:g} {unit}".rstrip()
+        + f" where the median is {median:g}"
+        + (f", and {len(far) - 1} more cases are as far off" if len(far) > 1 else "")
+        + ". Another unit?"
+    ]

@@ -1,0 +1,282 @@
+"""What a data set shows: the grids of its images, and what their voxels, labels and maps hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from ..data.datalist import case_name, load_section, read_grid
+from ..errors import BadInput
+from ..targets import dense_names, is_dense
+from ..transforms.loading import LoadCased
+
+__all__ = ["IMAGE_SUFFIXES", "NOT_TARGETS", "Case", "Findings", "find", "is_ct", "modalities"]
+
+FOREGROUND_SAMPLES_PER_CASE = 10000
+NOT_TARGETS = ("image", "label", "annotated", "patient")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff")
+
+
+@dataclass
+class Case:
+    """One training case. Axes are those of the file after reorientation to RAS.
+
+    Args:
+        name: of the case.
+        shape: voxels.
+        spacing: mm.
+        orientation: the patient's directions in which the file's axes run, such as ``"LPS"``.
+        nonzero: voxels of the box around everything that isn't 0 in every channel.
+        lowest: of the image's values.
+        highest: of the image's values.
+        label_voxels: of each label id; None without a label.
+        annotated: the ids that the label speaks of; None for all.
+        maps: of a dense target, sum and number of valid values by label id, and the highest.
+        numbers: of a case-level target, its value.
+    """
+
+    name: str
+    shape: np.ndarray
+    spacing: np.ndarray
+    orientation: str
+    nonzero: np.ndarray | None = None
+    lowest: float = 0.0
+    highest: float = 0.0
+    label_voxels: np.ndarray | None = None
+    annotated: Sequence[int] | None = None
+    maps: dict[str, tuple[np.ndarray, np.ndarray, float]] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Findings:
+    """The training cases together.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: of every image.
+        labels: names by id.
+        modalities: names of the channels, as far as the datalist tells them.
+        cases: in the datalist's order.
+        foreground: sampled intensities of labelled voxels, for CT only.
+        targets: complete descriptions of the regression targets.
+    """
+
+    spatial_dims: int
+    channels: int
+    labels: dict[str, str]
+    modalities: list[str]
+    cases: list[Case]
+    foreground: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    targets: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ct(self) -> bool:
+        """Whether every channel is CT: only then do intensities mean the same in every image."""
+        return is_ct(self.modalities)
+
+    @property
+    def spacings(self) -> np.ndarray:
+        """Mm, (cases, spatial dims)."""
+        return np.stack([case.spacing for case in self.cases])
+
+    @property
+    def shapes(self) -> np.ndarray:
+        """Voxels of the images' non-zero parts, (cases, spatial dims)."""
+        return np.stack([case.shape if case.nonzero is None else case.nonzero for case in self.cases])
+
+    @property
+    def nonzero_share(self) -> float:
+        """Median share of an image that the box around its non-zero part takes."""
+        return float(np.median([np.prod(case.nonzero / case.shape) for case in self.cases]))
+
+
+def modalities(content: Mapping[str, Any]) -> list[str]:
+    """Names of the channels, as far as the datalist tells them."""
+    named = content.get("modality", content.get("channel_names", {}))
+    return [str(name) for name in named.values()] if isinstance(named, dict) else [str(named)] if named else []
+
+
+def is_ct(names: Sequence[str]) -> bool:
+    """Whether every channel is CT."""
+    return bool(names) and all(name.strip().lower() == "ct" for name in names)
+
+
+def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
+    """Read the training cases of a datalist, headers first, then voxels.
+
+    Args:
+        content: what :func:`common.data.read_datalist` returned.
+        progress: show a bar while voxels are read.
+
+    Raises:
+        BadInput: there are no training cases, a file can't be read, or files disagree.
+    """
+    if not content.get("training"):
+        raise BadInput(f"{content['path']}: `training` is empty. A plan needs the labelled training cases.")
+    labels = _labels(content)
+    targets = _described(content, labels)
+    names = [target["name"] for target in targets]
+    entries = load_section(content, "training", keys=("image",), optional=("label", *names))
+    findings = _read_headers(content, entries, labels)
+    findings.targets = targets
+    _read_voxels(content, entries, findings, progress)
+    for target in targets:
+        _complete(target, findings.cases)
+    return findings
+
+
+def _labels(content: Mapping[str, Any]) -> dict[str, str]:
+    labels = {str(key): str(name) for key, name in content.get("labels", {}).items()}
+    if len(labels) < 2 or sorted(labels) != sorted(str(index) for index in range(len(labels))):
+        raise BadInput(
+            f"{content['path']}: `labels` is {content.get('labels')}; expected ids 0 (background) to K - 1 with names, "
+            'like {"0": "background", "1": "lumen"}.'
+        )
+    return dict(sorted(labels.items(), key=lambda item: int(item[0])))
+
+
+def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], labels: dict[str, str]) -> Findings:
+    cases, channels, ranks = [], {}, {}
+    for entry in entries:
+        grid = read_grid(entry["image"])
+        rank = len(grid.shape)
+        order = np.argsort(nib.orientations.io_orientation(grid.affine)[:rank, 0], kind="stable")
+        cases.append(
+            Case(
+                name=case_name(entry),
+                shape=np.asarray(grid.shape)[order],
+                spacing=np.linalg.norm(grid.affine[:3, :3], axis=0)[:rank][order],
+                orientation="".join(str(letter) for letter in nib.aff2axcodes(grid.affine))[:rank],
+                annotated=entry.get("annotated"),
+            )
+        )
+        channels.setdefault(grid.channels, case_name(entry))
+        ranks.setdefault(rank, case_name(entry))
+    if len(ranks) > 1:
+        raise BadInput(f"{content['path']}: images of different dimensions: {_examples(ranks, 'D')}. Keep one kind.")
+    if len(channels) > 1:
+        raise BadInput(f"{content['path']}: different numbers of channels: {_examples(channels)}. Keep one number.")
+    named = modalities(content)
+    if named and len(named) != next(iter(channels)):
+        raise BadInput(
+            f"{content['path']}: `modality` names {len(named)} channel(s), images have {next(iter(channels))}. "
+            "Correct it."
+        )
+    return Findings(next(iter(ranks)), next(iter(channels)), labels, named, cases)
+
+
+def _examples(found: Mapping[int, str], unit: str = "") -> str:
+    return ", ".join(f"{count}{unit} ({name})" for count, name in sorted(found.items()))
+
+
+def _target_names(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Entry keys that hold a map (dense) and keys that hold a number (case), in the order of appearance."""
+    dense: dict[str, None] = {}
+    numbers: dict[str, None] = {}
+    for entry in content["training"]:
+        for key, value in entry.items():
+            if key in NOT_TARGETS:
+                continue
+            if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES):
+                dense[key] = None
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers[key] = None
+    return list(dense), list(numbers)
+
+
+def _described(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The datalist's own description of the targets; without one, a guess from the entries."""
+    if "targets" in content:
+        targets = [dict(target) for target in content["targets"]]
+        for target in targets:
+            if not {"name", "kind"} <= set(target) or target["kind"] not in ("dense", "sum", "mean"):
+                raise BadInput(
+                    f"{content['path']}: the target {target} needs a `name` and a `kind`: dense, sum or mean."
+                )
+        return targets
+    dense, numbers = _target_names(content)
+    foreground = [int(index) for index in labels if index != "0"]
+    structure = foreground[0] if len(foreground) == 1 else foreground
+    return [
+        *({"name": name, "unit": "", "kind": "dense", "missing": 0} for name in dense),
+        *({"name": name, "unit": "", "kind": "mean", "structure": structure} for name in numbers),
+    ]
+
+
+def _read_voxels(
+    content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings, progress: bool
+) -> None:
+    """Fill in what the cases' voxels tell, and sample the intensities of a CT's labelled voxels."""
+    dense = dense_names(findings.targets)
+    missing = {target["name"]: target.get("missing", 0) for target in findings.targets}
+    load = LoadCased(
+        ["image", "label", *(target["name"] for target in findings.targets)], findings.labels, None, findings.targets
+    )
+    rng = np.random.default_rng(1234)
+    foreground = []
+    bar = tqdm(entries, desc="reading", unit="case", disable=None if progress else True)
+    for entry, case in zip(bar, findings.cases, strict=True):
+        loaded = load(entry)
+        image = loaded["image"].numpy()
+        case.lowest, case.highest = float(image.min()), float(image.max())
+        # The box lies along the file's axes.
+        box = ndimage.find_objects((image != 0).any(axis=0).astype(np.uint8))
+        sides = [part.stop - part.start for part in box[0]] if box else image.shape[1:]
+        axes = nib.orientations.io_orientation(read_grid(entry["image"]).affine)[: len(sides), 0]
+        case.nonzero = np.asarray(sides)[np.argsort(axes, kind="stable")]
+        for target in findings.targets:
+            if not is_dense(target):
+                case.numbers[target["name"]] = float(loaded[target["name"]])
+        if "label" not in loaded:
+            continue
+        label = loaded["label"].numpy()[0]
+        case.label_voxels = np.bincount(label.ravel(), minlength=len(findings.labels))
+        if findings.ct and (label > 0).any():
+            foreground.append(rng.choice(image[:, label > 0].ravel(), FOREGROUND_SAMPLES_PER_CASE))
+        for name in dense:
+            if entry.get(name) is None:
+                continue
+            values = loaded[name].numpy()[0]
+            valid = np.isfinite(values) & (values != missing[name])
+            where, found = label[valid], values[valid].astype(float)
+            case.maps[name] = (
+                np.bincount(where, weights=found, minlength=len(findings.labels)),
+                np.bincount(where, minlength=len(findings.labels)),
+                float(found.max(initial=0)),
+            )
+    if findings.ct and not foreground:
+        raise BadInput(f"{content['path']}: no training case has a labelled voxel, so CT intensities can't be planned.")
+    findings.foreground = np.concatenate(foreground) if foreground else np.zeros(0)
+
+
+def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:
+    """Fill in the structures that hold the target (a share of 1 % of its voxels at least), and its mean size."""
+    name = target["name"]
+    if not is_dense(target):
+        numbers = [case.numbers[name] for case in cases if np.isfinite(case.numbers[name])]
+        target.setdefault("scale", _typical(np.mean(np.abs(numbers or [1.0]))))
+        return
+    maps = [case.maps[name] for case in cases if name in case.maps]
+    if {"structure", "scale"} <= set(target):
+        return
+    sums, counts = (sum((found[index] for found in maps), np.zeros(1)) for index in (0, 1))
+    if not counts.sum():
+        raise BadInput(f"target {name}: every value of the training maps is missing. Remove it or fix them.")
+    if "structure" not in target:
+        ids = np.flatnonzero(counts >= 0.01 * counts.sum()).tolist()
+        target["structure"] = ids[0] if len(ids) == 1 else ids
+    where = np.atleast_1d(target["structure"])
+    inside = counts[where].sum()
+    target.setdefault("scale", _typical(abs(sums[where].sum()) / inside if inside else 1.0))
+
+
+def _typical(value: float) -> float:
+    """Three digits of a size; 1 where it is 0, since losses are divided by it."""
+    return float(f"{value:.3g}") or 1.0

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.planning.doubts import doubts
+from common.planning.findings import Case, Findings
+
+LABELS = {"0": "background", "1": "lumen", "2": "wall"}
+THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 2.0}
+SEVERITY = {"name": "severity", "unit": "points", "kind": "mean", "scale": 3.0}
+
+
+def data_set(count: int = 4, modality: str = "MR", **of_the_first: Any) -> Findings:
+    """Cases in which nothing is wrong, and what is to be wrong with the first one, c0."""
+    cases = []
+    for index in range(count):
+        case = Case(
+            name=f"c{index}",
+            shape=np.array([100, 100, 50]),
+            spacing=np.array([1.0, 1.0, 2.0]),
+            orientation="RAS",
+            nonzero=np.array([100, 100, 50]),
+            lowest=-1000.0,
+            highest=1500.0,
+            label_voxels=np.array([9000, 700, 300]),
+            maps={"thickness": (np.array([0.0, 0.0, 600.0]), np.array([0, 0, 300]), 6.0)},
+            numbers={"severity": 3.0 + index},
+        )
+        cases.append(case)
+    for key, value in of_the_first.items():
+        setattr(cases[0], key, value)
+    return Findings(3, 1, LABELS, [modality], cases, targets=[THICKNESS, SEVERITY])
+
+
+@pytest.mark.parametrize("modality", ["MR", "CT"])
+def test_nothing_is_said_of_a_sound_data_set(modality: str) -> None:
+    assert doubts(data_set(modality=modality)) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"orientation": "LPS"}, ["mixed orientations: 3 of RAS, 1 of LPS; not RAS: c0"]),
+        ({"spacing": np.array([1.0, 1.0, 5.0])}, ["c0: voxels of 1 x 1 x 5 mm, the median is 1 x 1 x 2"]),
+        ({"spacing": np.array([0.4, 1.0, 2.0])}, ["c0: voxels of 0.4 x 1 x 2 mm"]),
+        ({"spacing": np.array([1.9, 1.0, 1.1])}, []),
+        ({"label_voxels": None}, ["without a label in `training`: c0"]),
+        ({"label_voxels": np.array([9000, 0, 0])}, ["nothing is labelled in c0"]),
+        ({"lowest": 0.0, "highest": 1.0}, ["c0: called CT, but no voxel is below -200 (found 0 to 1)"]),
+        (
+            {"maps": {"thickness": (np.array([0.0, 0.0, 600e3]), np.array([0, 0, 300]), 6000.0)}},
+            [
+                "c0: values up to 6000 mm are longer than the image itself, 173 mm",
+                "c0 has 2000 mm where the median is 2",
+            ],
+        ),
+        ({"numbers": {"severity": 400.0}}, ["target severity: c0 has 400 points where the median is"]),
+        ({"numbers": {"severity": np.nan}, "maps": {}}, []),
+    ],
+)
+def test_what_is_wrong_is_named(wrong: dict[str, Any], said: list[str]) -> None:
+    sentences = doubts(data_set(modality="CT", **wrong))
+    assert len(sentences) == len(said)
+    for sentence, part in zip(sentences, said, strict=True):
+        assert part in sentence
+
+
+def test_a_label_in_no_case_is_named() -> None:
+    findings = data_set()
+    for case in findings.cases:
+        case.label_voxels = np.array([9000, 1000, 0])
+    assert ["label 2, wall, is in no training case" in sentence for sentence in doubts(findings)] == [True]
+
+
+def test_a_target_without_a_unit_is_named() -> None:
+    findings = data_set()
+    findings.targets = [{**THICKNESS, "unit": ""}]
+    assert ["thickness: no unit given" in sentence for sentence in doubts(findings)] == [True]
+
+
+def test_many_cases_are_not_all_listed() -> None:
+    findings = data_set(count=30)
+    for case in findings.cases[:9]:
+        case.spacing = np.array([3.0, 3.0, 2.0])
+        case.orientation = "LPS"
+    orientations, *spacings = doubts(findings)
+    assert "c0, c1, c2, c3, c4 and 4 more" in orientations
+    assert len(spacings) == 6
+    assert spacings[-1] == "4 more cases with another voxel size."

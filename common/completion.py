@@ -79,6 +79,7 @@ class _Teacher:
             channels=settings["channels"],
             spacing=settings["spacing"],
             intensity=settings["intensity"],
+            orientation=settings.get("orientation", "RAS"),
         )
         self.inferer = SlidingWindow(settings["patch_size"], sw_batch_size=4, overlap=0.5, amp=amp)
         self.finish = Compose(

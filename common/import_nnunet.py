@@ -4,9 +4,8 @@ Isensee et al., "nnU-Net: a self-configuring method for deep learning-based biom
 Methods 2021; the results folders of its second release, whose plans changed their layout with version 2.3.
 
 nnU-Net's arrays are (channel, z, y, x) of a file as it is stored, with the axes then permuted by the plan's
-``transpose_forward``. The bundles' are (channel, x, y, z) of the file brought to RAS orientation. So kernels are
-permuted. Where the training files store an axis in the other direction, kernels are mirrored too, but only if the model
-wasn't trained on images mirrored along it: a mirrored kernel of stride 2 takes the other voxel of each pair.
+``transpose_forward``. The bundles' are (channel, x, y, z). So kernels are permuted; the directions in which the
+training files' axes run become the plan's ``orientation``, to which the bundles bring every image.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,27 +59,13 @@ SAFE = [
 ]
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """How the network's axes lie in a RAS image: the network's axis of each, and along which kernels are mirrored."""
-
-    source: tuple[int, ...]
-    flipped: tuple[int, ...]
-
-    def permute(self, values: Sequence[Any]) -> list[Any]:
-        return [values[axis] for axis in self.source]
-
-
-def convert_weights(
-    weights: Mapping[str, Tensor], source: Sequence[int], flipped: Sequence[int] = ()
-) -> dict[str, Tensor]:
+def convert_weights(weights: Mapping[str, Tensor], source: Sequence[int]) -> dict[str, Tensor]:
     """nnU-Net's weights under the names that :class:`common.networks.SegmentationNetwork` gives them.
 
     Args:
         weights: state dict of a PlainConvUNet.
         source: the spatial axis of nnU-Net's array that becomes each axis here: ``(2, 1, 0)`` for (z, y, x) to
             (x, y, z).
-        flipped: axes of the result along which kernels are mirrored.
 
     Returns:
         A state dict. Names that a PlainConvUNet doesn't have are kept as they are.
@@ -94,7 +78,7 @@ def convert_weights(
         for pattern, replacement in NAMES:
             name = re.sub(f"^{pattern}", replacement, name)
         if value.ndim == len(source) + 2:
-            value = value.permute(0, 1, *(2 + axis for axis in source)).flip([2 + axis for axis in flipped])
+            value = value.permute(0, 1, *(2 + axis for axis in source))
         converted[name] = value.contiguous()
     return converted
 
@@ -136,21 +120,22 @@ def import_nnunet(
         stored = _orientation(
             orientation, plans.get("image_reader_writer"), len(configuration["patch_size"]), mirrored, path
         )
-        axes = _axes(plans["transpose_forward"], stored, len(configuration["patch_size"]), mirrored)
+        source, directions = _axes(plans["transpose_forward"], stored, len(configuration["patch_size"]))
         plan = {
-            **_network(configuration, axes, where),
+            **_network(configuration, source, where),
+            "orientation": directions,
             "channels": len(dataset.get("channel_names", dataset.get("modality", ()))),
             "labels": _labels(dataset["labels"], folder / "dataset.json"),
             "targets": [],
             "intensity": _intensity(configuration, plans, where),
-            "mirror_axes": sorted(axes.source.index(axis) for axis in mirrored),
+            "mirror_axes": sorted(source.index(axis) for axis in mirrored),
         }
     except KeyError as error:
         raise BadInput(
             f"{folder}: {error} is missing in plans.json, dataset.json or {path.name}, expected what nnU-Net v2 "
             "writes. Copy the whole folder again."
         ) from error
-    weights = convert_weights(content["network_weights"], axes.source, axes.flipped)
+    weights = convert_weights(content["network_weights"], source)
     model = SegmentationNetwork(
         **{key: plan[key] for key in ("spatial_dims", "features", "kernel_sizes", "strides")},
         in_channels=plan["channels"],
@@ -165,7 +150,6 @@ def import_nnunet(
         "trainer": content.get("trainer_name", ""),
         "epochs": int(content.get("current_epoch", 0)),
         "orientation": stored,
-        "mirrored_kernels": list(axes.flipped),
     }
     return plan, weights, origin
 
@@ -228,8 +212,12 @@ def _configuration(plans: Mapping[str, Any], name: str, where: str) -> dict[str,
     return configuration
 
 
-def _network(configuration: Mapping[str, Any], axes: _Axes, where: str) -> dict[str, Any]:
+def _network(configuration: Mapping[str, Any], source: Sequence[int], where: str) -> dict[str, Any]:
     """The part of a plan that has to do with the network, checked to be that of nnU-Net's standard plans."""
+
+    def permuted(values: Sequence[Any]) -> list[Any]:
+        return [values[axis] for axis in source]
+
     patch, dims = configuration["patch_size"], len(configuration["patch_size"])
     if "architecture" in configuration:
         network = configuration["architecture"]["network_class_name"]
@@ -261,13 +249,13 @@ def _network(configuration: Mapping[str, Any], axes: _Axes, where: str) -> dict[
     flat = dims == 3 and max(patch) / patch[0] > ANISOTROPY_THRESHOLD
     return {
         "spatial_dims": dims,
-        "spacing": axes.permute(configuration["spacing"]),
-        "patch_size": axes.permute(patch),
+        "spacing": permuted(configuration["spacing"]),
+        "patch_size": permuted(patch),
         "batch_size": configuration["batch_size"],
         "features": given["features_per_stage"],
-        "kernel_sizes": [axes.permute(kernel) for kernel in given["kernel_sizes"]],
-        "strides": [axes.permute(stride) for stride in given["strides"]],
-        "thick_axis": axes.source.index(0) if flat else None,
+        "kernel_sizes": [permuted(kernel) for kernel in given["kernel_sizes"]],
+        "strides": [permuted(stride) for stride in given["strides"]],
+        "thick_axis": source.index(0) if flat else None,
     }
 
 
@@ -305,13 +293,12 @@ def _orientation(given: str | None, reader: str | None, dims: int, mirrored: Seq
     return letters
 
 
-def _axes(transpose_forward: Sequence[int], orientation: str, dims: int, mirrored: Sequence[int]) -> _Axes:
-    """The axes of a network of the last ``dims`` axes of nnU-Net's transposed arrays."""
+def _axes(transpose_forward: Sequence[int], orientation: str, dims: int) -> tuple[list[int], str]:
+    """Which of the last ``dims`` axes of nnU-Net's transposed arrays is each of x, y, z, and where that one runs to."""
     # nnU-Net's arrays have a file's axes the other way round: the file's last axis is the array's first.
     letters = [orientation[2 - axis] for axis in transpose_forward[-dims:]]
     source = sorted(range(dims), key=lambda axis: AXIS_OF_DIRECTION[letters[axis]])
-    reversed_axes = [axis for axis in source if letters[axis] in "LPI" and axis not in mirrored]
-    return _Axes(tuple(source), tuple(source.index(axis) for axis in reversed_axes))
+    return source, "".join(letters[axis] for axis in source)
 
 
 def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, str]:
@@ -404,10 +391,5 @@ def main(options: argparse.Namespace) -> int:
     print(f"spacing: {plan['spacing']} mm, patch {plan['patch_size']}, intensities {plan['intensity']['kind']}")
     print(f"training files: axes taken to run to {', '.join(origin['orientation'])}")
     print(f"training mirrored along: {plan['mirror_axes'] or 'no axis'}")
-    if origin["mirrored_kernels"]:
-        print(
-            f"warning: kernels are mirrored along {origin['mirrored_kernels']}, since the model never saw mirrored "
-            "images. That isn't exact where strides are 2: compare some predictions with nnU-Net's own."
-        )
     print(f"weights: {options.output}\nplan: {plan_path}")
     return 0

@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Invertd
 from nibabel.orientations import axcodes2ornt, ornt_transform
 from torch import Tensor
 
@@ -20,10 +22,12 @@ from common.engines.origin import read_record
 from common.errors import BadInput
 from common.import_nnunet import import_nnunet
 from common.networks import SegmentationNetwork, hand_over
+from common.transforms import preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = {"background": 0, "lumen": 1, "wall": 2}
 CT = {"mean": 40.5, "std": 20.25, "percentile_00_5": -100.0, "percentile_99_5": 300.0, "median": 41.0, "max": 900.0}
+UNCHANGED = {"kind": "ct", "lower": -100, "upper": 100, "mean": 0, "std": 1}
 
 # Axes as nnU-Net writes them: z, y, x for files whose axes are x, y, z.
 ISOTROPIC = {
@@ -262,44 +266,24 @@ def test_the_teacher_has_nnunets_logits(shape: dict, size: tuple[int, ...], old:
 
 @pytest.mark.parametrize("orientation", ["RAS", "SAR", "LPS", "PIR"])
 @pytest.mark.parametrize("transpose_forward", [(0, 1, 2), (2, 0, 1)])
-def test_axes_are_permuted_and_kernels_mirrored(orientation: str, transpose_forward: tuple, tmp_path: Path) -> None:
-    # Without strides there is nothing that a mirrored kernel couldn't make good: see docs/nnunet.md.
-    shape = {**ISOTROPIC, "kernel_sizes": [[1, 3, 3], [3, 1, 3], [3, 3, 3]], "strides": [[1, 1, 1]] * 3}
-    weights = random_weights(shape)
-    content = plans(shape, transpose_forward=transpose_forward)
+def test_files_stored_in_any_orientation(orientation: str, transpose_forward: tuple, tmp_path: Path) -> None:
+    """The logits are nnU-Net's of the file as it is stored, whichever way ours is stored."""
+    weights = random_weights(ISOTROPIC)
+    content = plans(ISOTROPIC, transpose_forward=transpose_forward)
     folder = write_folder(tmp_path / "results", content, weights, mirrored=None)
     plan, converted, origin = import_nnunet(folder, orientation=orientation)
-    x = image(5, 6, 7)
-    seen = stored(x, orientation, transpose_forward)
-    expected = unstored(nnunet_logits(weights, shape["strides"], seen), orientation, transpose_forward)
-    with torch.no_grad():
-        assert torch.allclose(teacher(plan, converted)(x), expected, atol=1e-5)
     assert origin["orientation"] == orientation
+    x = image(8, 12, 16, batch=1)
+    seen = stored(x, orientation, transpose_forward)
+    expected = unstored(nnunet_logits(weights, ISOTROPIC["strides"], seen), orientation, transpose_forward)[0]
 
-
-def test_strided_networks_lose_only_the_grids_phase(tmp_path: Path) -> None:
-    """Mirrored, a stride of 2 takes the other voxel of each pair; not mirrored, the network sees a mirrored patient."""
-    weights = random_weights(ISOTROPIC)
-    folder = write_folder(tmp_path / "results", plans(ISOTROPIC), weights, mirrored=None)
-    x = F.avg_pool3d(image(36, 36, 36, batch=1), 5, 1)
-    x = x / x.std()
-    expected = unstored(nnunet_logits(weights, ISOTROPIC["strides"], stored(x, "LPS")), "LPS")
-    error = {}
-    for orientation in ("LPS", "RAS"):
-        plan, converted, _ = import_nnunet(folder, orientation=orientation)
-        with torch.no_grad():
-            error[orientation] = float((teacher(plan, converted)(x) - expected).std() / expected.std())
-    assert error["LPS"] < error["RAS"] / 2
-
-
-def test_kernels_are_mirrored_only_along_axes_that_training_did_not_mirror(tmp_path: Path) -> None:
-    weights, kernel = random_weights(ISOTROPIC), "encoder.stages.0.0.conv.weight"
-    original = weights["encoder.stages.0.0.convs.0.conv.weight"].permute(0, 1, 4, 3, 2)
-    for mirrored, flipped in (((0, 1, 2), []), ((0, 1), [0]), ((0,), [0, 1]), ((), [0, 1])):
-        folder = write_folder(tmp_path / str(mirrored), plans(ISOTROPIC), weights, mirrored=mirrored)
-        _, converted, origin = import_nnunet(folder, orientation="LPS")
-        assert origin["mirrored_kernels"] == flipped
-        assert torch.equal(converted[kernel], original.flip([2 + axis for axis in flipped]))
+    nib.save(nib.Nifti1Image(x[0, 0].numpy(), np.diag([0.5, 1.0, 1.5, 1.0])), tmp_path / "ras.nii.gz")
+    prepare = preprocessing(intensity=UNCHANGED, orientation=plan["orientation"])
+    prepared = prepare({"image": tmp_path / "ras.nii.gz"})
+    with torch.no_grad():
+        prepared["pred"] = MetaTensor(teacher(plan, converted)(prepared["image"][None])[0], meta=prepared["image"].meta)
+    found = Invertd("pred", prepare, "image", nearest_interp=False)(prepared)["pred"]
+    assert torch.allclose(found.as_tensor(), expected, atol=1e-4)
 
 
 def test_the_plan_is_nnunets(tmp_path: Path) -> None:
@@ -310,6 +294,7 @@ def test_the_plan_is_nnunets(tmp_path: Path) -> None:
         "channels": 1,
         "labels": {"0": "background", "1": "lumen", "2": "wall"},
         "targets": [],
+        "orientation": "RAS",
         "spacing": [0.7, 0.8, 5.0],
         "patch_size": [24, 16, 4],
         "batch_size": 4,
@@ -337,7 +322,7 @@ def test_what_differs_between_models(tmp_path: Path) -> None:
         configuration="mine",
     )
     plan, _, _ = import_nnunet(folder, orientation="PSR")
-    assert plan["spacing"] == [5.0, 0.7, 0.8]
+    assert (plan["spacing"], plan["orientation"]) == ([5.0, 0.7, 0.8], "RPS")
     assert (plan["thick_axis"], plan["mirror_axes"], plan["batch_size"]) == (0, [0, 2], 6)
     assert plan["intensity"] == {"kind": "zscore", "nonzero": True}
     assert plan["labels"] == {"0": "background", "1": "lumen", "2": "wall"}
@@ -479,7 +464,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = write_folder(tmp_path / "one side", plans(ISOTROPIC), random_weights(ISOTROPIC), mirrored=())
     output = tmp_path / "one side" / "model.pt"
     assert main(["import-nnunet", str(folder), "--output", str(output), "--orientation", "lps"]) == 0
-    assert "warning: kernels are mirrored along [0, 1]" in capsys.readouterr().out
+    assert read_record(output)["config"]["orientation"] == "LPS"
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new plans", "old plans"])

@@ -23,6 +23,8 @@ from .loading import LoadCased
 
 __all__ = ["Spacingd", "chain", "preprocessing"]
 
+AXES = ("RL", "AP", "SI")
+
 
 class Spacingd(MonaiSpacingd):
     """MONAI's ``Spacingd`` for entries that hold plain values under ``image_*``, as those of MONAI Label do.
@@ -60,8 +62,9 @@ def preprocessing(
     targets: Sequence[Mapping[str, Any]] = (),
     spacing: Sequence[float] | None = None,
     intensity: Mapping[str, Any] | None = None,
+    orientation: str = "RAS",
 ) -> Compose:
-    """Load, bring to RAS orientation and one spacing, normalise intensities.
+    """Load, bring to one orientation and spacing, normalise intensities.
 
     Every step is deterministic, and those that move voxels can be undone by ``Invertd``. Labels and dense targets are
     resampled by the nearest voxel, so that missing voxels keep the target's ``missing`` value.
@@ -76,21 +79,27 @@ def preprocessing(
             ``"nonzero": true`` of the voxels that aren't 0, which alone are changed, or ``{"kind": "ct", "lower": ...,
             "upper": ..., "mean": ..., "std": ...}`` for clipping, then the data set's mean and standard deviation, in
             the file's unit.
+        orientation: the patient's directions that the axes x, y, z are made to run to: R or L, then A or P, then S or
+            I. In 2D the first two count.
 
     Returns:
         A transform of an entry to ``image`` (C, *spatial) float32, ``label`` (1, *spatial) integer, dense targets
         (1, *spatial) float32, case-level targets float32 scalars.
 
     Raises:
-        BadInput: ``intensity`` or ``spacing`` makes no sense.
+        BadInput: ``intensity``, ``spacing`` or ``orientation`` makes no sense.
     """
+    if len(orientation) > 3 or any(letter not in pair for letter, pair in zip(orientation, AXES, strict=False)):
+        raise BadInput(
+            f"`orientation` is {orientation!r}; expected one letter an axis, R or L, A or P, S or I, such as RAS"
+        )
     case_level = {target["name"] for target in targets} - set(dense_names(targets))
     maps = [key for key in keys if key not in case_level]
     small = labels is None or max((int(key) for key in labels), default=0) <= np.iinfo(np.uint8).max
     types = [(torch.uint8 if small else torch.int16) if key == "label" else torch.float32 for key in maps]
     steps: list[Callable] = [
         LoadCased(keys, labels=labels, channels=channels, targets=targets),
-        Orientationd(maps, axcodes="RAS"[: len(spacing or "RAS")], labels=None, allow_missing_keys=True),
+        Orientationd(maps, axcodes=orientation[: len(spacing or orientation)], labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:
         if not all(isinstance(size, (int, float)) and size > 0 for size in spacing):

@@ -112,6 +112,16 @@ def test_two_dimensions(tmp_path):
     assert torch.equal(done["label"][0, :, 0], torch.from_numpy(np.flip((image > 0)[:, 0], 0).copy()))
 
 
+@pytest.mark.parametrize("orientation", ["LPS", "RAI"])
+def test_axes_run_where_they_are_asked_to(orientation, tmp_path):
+    image = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    intensity = {"kind": "ct", "lower": 0, "upper": 23, "mean": 0, "std": 1}
+    prepare = preprocessing(intensity=intensity, orientation=orientation)
+    done = prepare({"image": write(tmp_path / "a.nii.gz", image, np.eye(4))})["image"]
+    turned = [axis for axis in range(3) if orientation[axis] != "RAS"[axis]]
+    np.testing.assert_allclose(done[0], np.flip(image, turned), atol=1e-4)
+
+
 def test_zscore_is_a_channel(tmp_path):
     image = np.random.default_rng(0).normal(size=(6, 5, 4, 2)).astype(np.float32) * (1, 50) + (0, 1000)
     done = preprocessing(channels=2)({"image": write(tmp_path / "a.nii.gz", image.astype(np.float32))})["image"]
@@ -141,6 +151,7 @@ def test_ct_clips_then_normalises(tmp_path):
     ("arguments", "message"),
     [
         ({"intensity": {"kind": "mri"}}, 'expected "zscore" or "ct"'),
+        ({"orientation": "PRS"}, "expected one letter an axis"),
         ({"intensity": {"kind": "ct", "lower": 0}}, "upper"),
         ({"intensity": {"kind": "ct", "lower": 2, "upper": 1, "mean": 0, "std": 1}}, "must be below"),
         ({"spacing": (1, 0, 1)}, "positive number of mm"),

@@ -39,6 +39,8 @@ ORIENTATION_OF_READER = {
     "NaturalImage2DIO": "LPS",
     "Tiff3DIO": "LPS",
 }
+# The standard trainer, and nnU-Net's variants of its length and augmentation: surely with the standard network.
+TRAINERS = r"nnUNetTrainer(_\d+epochs|NoMirroring|_onlyMirror01|DA5|NoDA)*"
 ANISOTROPY_THRESHOLD = 3.0
 NAMES = (
     (r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.conv\.", r"encoder.stages.\1.\2.conv."),
@@ -121,6 +123,11 @@ def import_nnunet(
             orientation, plans.get("image_reader_writer"), len(configuration["patch_size"]), mirrored, path
         )
         source, directions = _axes(plans["transpose_forward"], stored, len(configuration["patch_size"]))
+        if configuration.get("preprocessor_name", "DefaultPreprocessor") != "DefaultPreprocessor":
+            raise BadInput(
+                f"{where}: images were prepared by {configuration['preprocessor_name']}, which isn't nnU-Net's own, so "
+                "the bundles can't do as it did. Train with the DefaultPreprocessor."
+            )
         plan = {
             **_network(configuration, source, where),
             "orientation": directions,
@@ -134,6 +141,11 @@ def import_nnunet(
         raise BadInput(
             f"{folder}: {error} is missing in plans.json, dataset.json or {path.name}, expected what nnU-Net v2 "
             "writes. Copy the whole folder again."
+        ) from error
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
+        raise BadInput(
+            f"{folder}: plans.json, dataset.json or {path.name} isn't what nnU-Net v2 writes ({error}). Copy the "
+            "whole folder again."
         ) from error
     weights = convert_weights(content["network_weights"], source)
     model = SegmentationNetwork(
@@ -195,15 +207,20 @@ def _read_checkpoint(path: Path, trust: bool) -> dict[str, Any]:
     return content
 
 
-def _configuration(plans: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+def _configuration(plans: Mapping[str, Any], name: str, where: str, above: Sequence[str] = ()) -> dict[str, Any]:
     """A configuration with what it inherits."""
+    if name in above:
+        raise BadInput(f"{where}: {name} inherits from itself. Give the plans as nnU-Net wrote them.")
     if name not in plans["configurations"]:
         raise BadInput(
             f"{where}: the plans only have {', '.join(plans['configurations'])}. Give the folder's own plans."
         )
     configuration = plans["configurations"][name]
     if "inherits_from" in configuration:
-        configuration = {**_configuration(plans, configuration["inherits_from"], where), **configuration}
+        configuration = {
+            **_configuration(plans, configuration["inherits_from"], where, [*above, name]),
+            **configuration,
+        }
     if configuration.get("previous_stage"):
         raise BadInput(
             f"{where}: is the second stage of a cascade, which also sees the first stage's result; the bundles have no "
@@ -303,6 +320,8 @@ def _axes(transpose_forward: Sequence[int], orientation: str, dims: int) -> tupl
 
 def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, str]:
     ids = {name: value for name, value in labels.items() if name != "ignore"}
+    if ids.get("background") != 0:
+        raise BadInput(f"{path}: the label 0 is {[n for n, v in ids.items() if v == 0]}, expected `background`.")
     regions = [name for name, value in ids.items() if not isinstance(value, int)]
     if regions:
         raise BadInput(
@@ -314,45 +333,48 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, str]:
     return {str(value): name for name, value in sorted(ids.items(), key=lambda item: item[1])}
 
 
-def _intensity(configuration: Mapping[str, Any], plans: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """nnU-Net's normalisation as the bundles' ``intensity``."""
-    schemes = configuration["normalization_schemes"]
-    found = ", ".join(sorted(set(schemes)))
-    if found == "ZScoreNormalization":
-        masked = set(configuration["use_mask_for_norm"])
-        if len(masked) > 1:
-            raise BadInput(
-                f"{where}: `use_mask_for_norm` is true for some channels only; the bundles normalise all alike. Train "
-                "nnU-Net with it true or false for all."
-            )
-        return {"kind": "zscore", "nonzero": True} if masked == {True} else {"kind": "zscore"}
-    if found == "RGBTo01Normalization":
-        return {"kind": "ct", "lower": 0.0, "upper": 255.0, "mean": 0.0, "std": 255.0}
-    if found == "CTNormalization":
-        # Its name was another one in the first version 2.
-        properties = plans.get("foreground_intensity_properties_per_channel") or plans.get(
-            "foreground_intensity_properties_by_modality", {}
-        )
-        numbers = [
-            {
-                "lower": properties[str(channel)]["percentile_00_5"],
-                "upper": properties[str(channel)]["percentile_99_5"],
-                "mean": properties[str(channel)]["mean"],
-                "std": max(properties[str(channel)]["std"], 1e-8),
-            }
-            for channel in range(len(schemes))
-        ]
-        if all(channel == numbers[0] for channel in numbers):
-            return {"kind": "ct", **numbers[0]}
-        found = "CTNormalization with other numbers for each channel"
-    raise BadInput(
-        f"{where}: intensities are normalised by {found}. The bundles know ZScoreNormalization, CTNormalization with "
-        "the same numbers for all channels, and RGBTo01Normalization. Train nnU-Net with one of these."
+def _intensity(
+    configuration: Mapping[str, Any], plans: Mapping[str, Any], where: str
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """nnU-Net's normalisation as the bundles' ``intensity``, one a channel where they differ."""
+    # Its name was another one in the first version 2.
+    properties = plans.get("foreground_intensity_properties_per_channel") or plans.get(
+        "foreground_intensity_properties_by_modality", {}
     )
+    masked = configuration["use_mask_for_norm"]
+    channels = []
+    for channel, scheme in enumerate(configuration["normalization_schemes"]):
+        if scheme == "ZScoreNormalization":
+            channels.append({"kind": "zscore", "nonzero": True} if masked[channel] else {"kind": "zscore"})
+        elif scheme == "RGBTo01Normalization":
+            channels.append({"kind": "ct", "lower": 0.0, "upper": 255.0, "mean": 0.0, "std": 255.0})
+        elif scheme == "CTNormalization":
+            found = properties[str(channel)]
+            lower, upper = found["percentile_00_5"], found["percentile_99_5"]
+            std = max(found["std"], 1e-8)
+            channels.append({"kind": "ct", "lower": lower, "upper": upper, "mean": found["mean"], "std": std})
+        else:
+            raise BadInput(
+                f"{where}: intensities are normalised by {scheme}. The bundles know ZScoreNormalization, "
+                "CTNormalization and RGBTo01Normalization. Train nnU-Net with one of these."
+            )
+    return channels[0] if all(channel == channels[0] for channel in channels) else channels
+
+
+def _kinds(intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(item["kind"] for item in ([intensity] if isinstance(intensity, Mapping) else intensity))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m common import-nnunet``."""
+    parser.description = (
+        "Take over a model that nnU-Net v2 has trained: its weights become a teacher's, its plan one of the bundles'. "
+        "The teacher predicts what the model does; a student can be trained from it, and a dual decoder from that."
+    )
+    parser.epilog = (
+        "example: python -m common import-nnunet nnUNet_results/Dataset004_Hippocampus/"
+        "nnUNetTrainer__nnUNetPlans__3d_fullres --output bundles/teacher/models/model.pt --plan plan.json"
+    )
     parser.add_argument("folder", help="what nnU-Net v2 trained: has plans.json, dataset.json and fold_0")
     parser.add_argument("--fold", default="0", help="0 (the default) to 4, or all")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth", help="the weights (checkpoint_final.pth)")
@@ -388,8 +410,13 @@ def main(options: argparse.Namespace) -> int:
     print(f"nnU-Net: {origin['dataset']}, {origin['configuration']}, fold {origin['fold']}, {origin['epochs']} epochs")
     print(f"network: {plan['spatial_dims']}D, {len(plan['features'])} stages of {plan['features']} channels")
     print(f"classes: {', '.join(plan['labels'].values())}")
-    print(f"spacing: {plan['spacing']} mm, patch {plan['patch_size']}, intensities {plan['intensity']['kind']}")
+    print(f"spacing: {plan['spacing']} mm, patch {plan['patch_size']}, intensities {_kinds(plan['intensity'])}")
     print(f"training files: axes taken to run to {', '.join(origin['orientation'])}")
+    if not re.fullmatch(TRAINERS, origin["trainer"]):
+        print(
+            f"warning: trained by {origin['trainer'] or 'an unnamed trainer'}, which may build another network than "
+            "the standard one; then the logits differ. Compare some predictions with nnU-Net's own."
+        )
     print(f"training mirrored along: {plan['mirror_axes'] or 'no axis'}")
     print(f"weights: {options.output}\nplan: {plan_path}")
     return 0

@@ -2,10 +2,60 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["dense_names", "is_dense", "structure_ids"]
+from .errors import BadInput
+
+__all__ = ["check_targets", "dense_names", "is_dense", "structure_ids"]
+
+KINDS = ("dense", "sum", "mean")
+# Keys of an entry, and what else is written for a case: <case>_seg.nii.gz, <case>_overview.png, volumes in <case>.json.
+TAKEN = ("image", "label", "annotated", "patient", "completed", "seg", "segmentation", "overview", "volumes", "areas")
+TAKEN += ("pred", "reference", "result")
+
+
+def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source: str = "targets") -> None:
+    """Check the regression targets' descriptions.
+
+    Args:
+        targets: the descriptions.
+        labels: names of the classes by id; None leaves the structures unchecked.
+        source: what holds the descriptions, for messages.
+
+    Raises:
+        BadInput: one is no description, its name can't be part of a file's name or is taken, its kind isn't known, its
+            structure is no label, or its scale no positive number.
+    """
+    if not isinstance(targets, Sequence) or isinstance(targets, str):
+        raise BadInput(f"{source}: found {targets!r}, expected a list of targets; docs/data.md describes them.")
+    names: list[str] = []
+    for target in targets:
+        if not isinstance(target, Mapping) or not isinstance(target.get("name"), str):
+            raise BadInput(f'{source}: found {target!r}, expected one such as {{"name": "thickness", "unit": "mm"}}.')
+        name = target["name"]
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadInput(f"{source}: the name {name!r} becomes a part of files' names: use letters, digits, _ and -.")
+        if name in TAKEN:
+            raise BadInput(f"{source}: the name {name!r} is taken by the project itself; choose another.")
+        if name in names:
+            raise BadInput(f"{source}: two targets are called {name!r}; choose another name for one.")
+        names.append(name)
+        if target.get("kind", "dense") not in KINDS:
+            raise BadInput(f"{source}: {name} is of the kind {target['kind']!r}; choose from {', '.join(KINDS)}.")
+        scale = target.get("scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise BadInput(f"{source}: {name} has the scale {scale!r}; expected a positive number, its typical size.")
+        try:
+            structures = structure_ids(target)
+        except (TypeError, ValueError):
+            structures = [-1]
+        unknown = [number for number in structures if labels is not None and str(number) not in labels]
+        if unknown or any(number < 0 for number in structures):
+            known = "label ids" if labels is None else f"among the labels {', '.join(labels)}"
+            raise BadInput(f"{source}: {name} lies in the structure {target['structure']!r}; expected {known}.")
 
 
 def is_dense(target: Mapping[str, Any]) -> bool:

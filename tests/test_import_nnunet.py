@@ -185,10 +185,16 @@ def write_folder(
     labels: Mapping[str, Any] = LABELS,
     mirrored: Sequence[int] | None = (0, 1, 2),
     configuration: str = "3d_fullres",
+    channels: Sequence[str] = ("CT",),
     **change: Any,
 ) -> Path:
     """A results folder with a checkpoint in the format of nnU-Net's trainer, log of numpy numbers included."""
-    dataset = {"channel_names": {"0": "CT"}, "labels": labels, "numTraining": 8, "file_ending": ".nii.gz"}
+    dataset = {
+        "channel_names": {str(index): name for index, name in enumerate(channels)},
+        "labels": labels,
+        "numTraining": 8,
+        "file_ending": ".nii.gz",
+    }
     (folder / "fold_0").mkdir(parents=True)
     (folder / "plans.json").write_text(json.dumps(plans))
     (folder / "dataset.json").write_text(json.dumps(dataset))
@@ -327,6 +333,12 @@ def test_what_differs_between_models(tmp_path: Path) -> None:
     assert plan["intensity"] == {"kind": "zscore", "nonzero": True}
     assert plan["labels"] == {"0": "background", "1": "lumen", "2": "wall"}
 
+    both = plans(ISOTROPIC, normalization=["CTNormalization", "ZScoreNormalization"])
+    folder = write_folder(tmp_path / "both", both, random_weights(ISOTROPIC, channels=2), channels=["CT", "PET"])
+    plan, _, _ = import_nnunet(folder)
+    ct = {"kind": "ct", "lower": -100.0, "upper": 300.0, "mean": 40.5, "std": 20.25}
+    assert plan["intensity"] == [ct, {"kind": "zscore"}]
+
     photographs = plans(FLAT, reader="NaturalImage2DIO", normalization=["RGBTo01Normalization"])
     folder = write_folder(tmp_path / "photographs", photographs, random_weights(FLAT), mirrored=None)
     plan, _, origin = import_nnunet(folder)
@@ -372,14 +384,12 @@ RESIDUAL = {
         (edited(nonlin_first=True), LABELS, "nonlin_first is True"),
         (edited(norm_op="torch.nn.modules.batchnorm.BatchNorm3d"), LABELS, "BatchNorm3d"),
         (edited(normalization_schemes=["NoNormalization"]), LABELS, "NoNormalization"),
-        (edited(normalization_schemes=["CTNormalization", "ZScoreNormalization"]), LABELS, "CTNormalization, ZScore"),
-        (
-            edited(normalization_schemes=["ZScoreNormalization"] * 2, use_mask_for_norm=[True, False]),
-            LABELS,
-            "use_mask",
-        ),
         (plans(ISOTROPIC), {"background": 0, "whole": [1, 2], "core": 2}, "whole are regions"),
         (plans(ISOTROPIC), {"background": 0, "wall": 2}, "without a gap"),
+        (plans(ISOTROPIC), {"air": 0, "lumen": 1, "wall": 2}, "expected `background`"),
+        (edited(preprocessor_name="MyPreprocessor"), LABELS, "MyPreprocessor"),
+        (edited(inherits_from="3d_fullres"), LABELS, "inherits from itself"),
+        (edited(strides=None), LABELS, "isn't what nnU-Net v2 writes"),
         (plans(ISOTROPIC), {"background": 0, "lumen": 1}, "segmentation_decoder.heads"),
         (
             {key: value for key, value in plans(ISOTROPIC).items() if key != "transpose_forward"},
@@ -395,7 +405,7 @@ def test_what_has_no_counterpart_is_refused(content: dict, labels: dict, message
         import_nnunet(folder)
 
 
-def test_channels_of_ct_must_agree(tmp_path: Path) -> None:
+def test_each_channel_of_ct_has_its_own_numbers(tmp_path: Path) -> None:
     content = plans(ISOTROPIC, normalization=["CTNormalization", "CTNormalization"])
     folder = write_folder(tmp_path / "same", content, random_weights(ISOTROPIC, channels=2))
     dataset = json.loads((folder / "dataset.json").read_text())
@@ -404,8 +414,7 @@ def test_channels_of_ct_must_agree(tmp_path: Path) -> None:
     assert (plan["channels"], plan["intensity"]["mean"]) == (2, 40.5)
     content["foreground_intensity_properties_per_channel"]["1"] = {**CT, "mean": 7.0}
     (folder / "plans.json").write_text(json.dumps(content))
-    with pytest.raises(BadInput, match="other numbers for each channel"):
-        import_nnunet(folder)
+    assert [channel["mean"] for channel in import_nnunet(folder)[0]["intensity"]] == [40.5, 7.0]
 
 
 class Harmful:
@@ -465,6 +474,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     output = tmp_path / "one side" / "model.pt"
     assert main(["import-nnunet", str(folder), "--output", str(output), "--orientation", "lps"]) == 0
     assert read_record(output)["config"]["orientation"] == "LPS"
+    assert "warning" not in capsys.readouterr().out
+
+    own = "nnUNetTrainerMyActivation"
+    folder = write_folder(tmp_path / "own", plans(ISOTROPIC), random_weights(ISOTROPIC), trainer_name=own)
+    assert main(["import-nnunet", str(folder), "--output", str(tmp_path / "own" / "model.pt")]) == 0
+    assert f"warning: trained by {own}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new plans", "old plans"])

@@ -12,17 +12,18 @@ import json
 import os
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.transforms import LoadImage
 from tqdm import tqdm
 
 from ..errors import BadInput
 from ..files import write_atomically
+from ..targets import check_targets
+from ..transforms.loading import image_loader
 from .datalist import SECTIONS, case_name
 from .inputs import find_cases
 
@@ -94,8 +95,10 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     return {case: found if len(found) > 1 else found[0] for case, found in files.items()}
 
 
-def _by_name(folder: Path, cases: Iterable[str], suffixes: Sequence[str], what: str) -> dict[str, str]:
-    """The file of each case in a folder; cases without one are left out."""
+def _by_name(
+    folder: Path, cases: Iterable[str], suffixes: Sequence[str], what: str
+) -> tuple[dict[str, str], list[str]]:
+    """The file of each case in a folder, cases without one left out; and the files that are of no case."""
     files = {case_name(entry["image"]): entry["image"] for entry in find_cases(folder)}
     found = {}
     for case in cases:
@@ -109,7 +112,7 @@ def _by_name(folder: Path, cases: Iterable[str], suffixes: Sequence[str], what: 
             f"{folder}: none of its {len(files)} files bears the name of an image (such as {next(iter(files), '')!r}). "
             f"A {what} has the name of its image, or with one of {', '.join(filter(None, suffixes)) or 'no'} after it."
         )
-    return found
+    return found, sorted(files.values())
 
 
 def read_label_ids(paths: Sequence[str]) -> list[int]:
@@ -118,7 +121,7 @@ def read_label_ids(paths: Sequence[str]) -> list[int]:
     Raises:
         BadInput: a file can't be read, or holds something else than whole numbers.
     """
-    read, ids = LoadImage(image_only=True), set()
+    read, ids = image_loader(), set()
     for path in tqdm(paths, desc="reading labels", unit="file", disable=None):
         try:
             values = np.unique(np.asarray(read(path)))
@@ -154,7 +157,8 @@ def make_datalist(
 
     Returns:
         The datalist's content. Unlabelled images of validation patients are left out: the student would learn from the
-        anatomy that it is tested on. They are listed under ``left_out``.
+        anatomy that it is tested on. They are listed under ``left_out``, labels and maps without an image under
+        ``unused``.
 
     Raises:
         BadInput: a folder is missing or empty, names are ambiguous, or nothing can be split.
@@ -167,11 +171,11 @@ def make_datalist(
         labels = labels or (images / "labelsTr" if (images / "labelsTr").is_dir() else None)
         images = images / "imagesTr"
     cases = group_channels([entry["image"] for entry in find_cases(images.resolve())])
-    label_of = _by_name(labels.resolve(), cases, _LABEL_SUFFIXES, "label") if labels else {}
-    target_of = {
-        name: _by_name(folder.resolve(), cases, ("", f"_{name}", f"-{name}"), name)
-        for name, folder in (targets or {}).items()
-    }
+    label_of, unused = _by_name(labels.resolve(), cases, _LABEL_SUFFIXES, "label") if labels else ({}, [])
+    target_of = {}
+    for name, folder in (targets or {}).items():
+        target_of[name], without_image = _by_name(folder.resolve(), cases, ("", f"_{name}", f"-{name}"), name)
+        unused += without_image
     patients = {case: patient_of(case, patient) for case in cases}
     held_out = _draw(sorted({patients[case] for case in label_of}), validation, seed)
 
@@ -196,7 +200,26 @@ def make_datalist(
         content["labels"] = _label_names(names, described.get("labels"), list(label_of.values()))
     if target_of:
         content["targets"] = [{"name": name, "unit": "", "kind": "dense", "missing": 0} for name in target_of]
-    return {**content, **sections, **({"left_out": left_out} if left_out else {})}
+    remarks = {"left_out": left_out, "unused": unused}
+    return {**content, **sections, **{key: paths for key, paths in remarks.items() if paths}}
+
+
+def _doubtful_patients(content: Mapping[str, Any]) -> str | None:
+    """Two cases that may be of one patient, on both sides of the split; None when only the data set's name is alike."""
+    entries = [(entry, section) for section in SECTIONS for entry in content.get(section, ())]
+    cases = [(case_name(entry), entry["patient"], section) for entry, section in entries]
+    stems = {case: re.split(r"[_-]", case)[0] for case, _, _ in cases}
+    counts = Counter(stems.values())
+    for case, patient, section in cases:
+        if section != "validation" or counts[stems[case]] * 2 > len(cases):
+            continue
+        for other, other_patient, other_section in cases:
+            if other_section != section and stems[other] == stems[case] and other_patient != patient:
+                return (
+                    f"{case} ({section}) and {other} ({other_section}) count as two patients. If they are one, say "
+                    "where a name has its patient, such as --patient '^[^_]+'."
+                )
+    return None
 
 
 def _label_names(
@@ -255,18 +278,40 @@ def _relative(value: Any, folder: Path) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m common datalist``."""
-    parser.add_argument("--images", type=Path, required=True, help="folder of images, of DICOM series, or nnU-Net raw")
-    parser.add_argument("--labels", type=Path, help="folder of label maps with their images' names")
-    parser.add_argument(
-        "--targets", nargs="*", default=[], metavar="NAME=DIR", help="folders of maps to regress: thickness=maps"
+    parser.description = (
+        "Write a datalist, the JSON file that says which images, labels and maps belong together, which it tells by "
+        "their names. Labelled patients are drawn for training or validation, whole; images without a label serve as "
+        "unlabelled ones."
     )
-    parser.add_argument("--validation", type=float, default=0.2, help="share of the labelled patients (default 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of the validation patients")
+    parser.epilog = "example: python -m common datalist --images scans --labels masks --names 1=liver --modality CT"
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        help="folder of images or of DICOM series, or one in nnU-Net's raw layout (with imagesTr and dataset.json)",
+    )
+    parser.add_argument("--labels", type=Path, help="folder of label maps with their images' names (a, a_seg, a_mask)")
+    parser.add_argument(
+        "--targets",
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="folders of maps to regress, called as the folder or as you say: maps, thickness=maps",
+    )
+    parser.add_argument(
+        "--validation",
+        type=float,
+        default=0.2,
+        help="share of the labelled patients that is kept to measure on (default 0.2)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another number draws other patients for validation (default 0)"
+    )
     parser.add_argument(
         "--names", nargs="*", default=[], metavar="ID=NAME", help="names of the labels: 1=liver 2=spleen"
     )
-    parser.add_argument("--modality", nargs="*", metavar="NAME", help="one a channel; CT or MR")
-    parser.add_argument("--patient", metavar="REGEX", help="what in a case's name is the patient")
+    parser.add_argument("--modality", nargs="*", metavar="NAME", help="what the images are, one a channel: CT, MR, PET")
+    parser.add_argument("--patient", metavar="REGEX", help="what in a case's name is the patient: '^[^_]+'")
     parser.add_argument("--output", type=Path, default=Path("datalist.json"), help="file to write (datalist.json)")
 
 
@@ -284,7 +329,8 @@ def main(options: argparse.Namespace) -> int:
     names = _pairs(options.names, "--names", "an id and a name, such as 1=liver")
     if not all(number.isdigit() for number in names):
         raise BadInput(f"--names: found the ids {', '.join(names)}; expected whole numbers.")
-    targets = _pairs(options.targets, "--targets", "a name and a folder, such as thickness=maps")
+    named = [value if "=" in value else f"{Path(value).name}={value}" for value in options.targets]
+    targets = _pairs(named, "--targets", "a folder, or a name and a folder, such as thickness=maps")
     content = make_datalist(
         options.images,
         options.labels,
@@ -295,7 +341,8 @@ def main(options: argparse.Namespace) -> int:
         options.modality,
         options.patient,
     )
-    left_out = content.pop("left_out", [])
+    left_out, unused = content.pop("left_out", []), content.pop("unused", [])
+    check_targets(content.get("targets", []), source="--targets")
     folder = options.output.resolve().parent
     for section in set(SECTIONS) & set(content):
         for entry in content[section]:
@@ -305,6 +352,13 @@ def main(options: argparse.Namespace) -> int:
         entries = content[section]
         patients = len({entry["patient"] for entry in entries})
         print(f"{section}: {len(entries)} images of {patients} patients")
+    names_of = {entry["patient"]: case_name(entry) for section in SECTIONS for entry in content.get(section, ())}
+    print(f"patients: {', '.join(f'{case} is of {patient}' for patient, case in list(names_of.items())[:3])}")
+    doubtful = _doubtful_patients(content)
+    if doubtful:
+        print(f"warning: {doubtful}")
+    if unused:
+        print(f"warning: {len(unused)} labels or maps are of no image, such as {unused[0]}")
     if left_out:
         print(f"left out: {len(left_out)} unlabelled images of validation patients, such as {left_out[0]}")
     for number, name in content.get("labels", {}).items():

@@ -13,6 +13,7 @@ from monai.utils import set_determinism
 
 from ..data.datalist import check_cases, check_labels, check_output, read_datalist
 from ..errors import BadInput, report_plainly
+from ..targets import check_targets
 from .allocator import keep_pages
 
 __all__ = ["check_evaluation", "preflight", "start"]
@@ -80,6 +81,7 @@ def preflight(
         check_output(folder)
     if not training:
         raise BadInput("the section 'training' is empty; at least one labelled case is needed.")
+    check_targets(targets, labels)
     for target in targets:
         if not any(entry.get(target["name"]) is not None for entry in training):
             raise BadInput(
@@ -128,6 +130,7 @@ def check_evaluation(
         BadInput: with everything that was found.
     """
     check_output(output_dir)
+    check_targets(targets, labels)
     _check_labels(datalist, labels)
     check_cases(cases, labels, channels, targets, patch_size)
 

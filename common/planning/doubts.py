@@ -14,8 +14,10 @@ __all__ = ["doubts"]
 
 SHOWN = 5
 OTHER_SPACING = 2.0  # times the median, or a half of it
-OTHER_UNIT = 20.0  # times the median, or that part of it; millimetres and micrometres differ by more
+OTHER_UNIT = 5.0  # times the median, or that part of it; millimetres and centimetres differ by more
 AIR = -200.0  # a CT shows air, of -1000 Hounsfield units, nearly always
+UNLIKE_MR = -500.0  # nothing but a CT goes down to that
+BELOW_VOXELS = 10.0  # a thickness of a tenth of the finest voxel side can't have been measured
 
 
 def doubts(findings: Findings) -> list[str]:
@@ -80,16 +82,25 @@ def _labels(findings: Findings) -> list[str]:
 
 
 def _hounsfield_units(findings: Findings) -> list[str]:
-    if not findings.ct:
-        return []
-    airless = [case for case in findings.cases if case.lowest > AIR]
-    if not airless:
-        return []
-    low, high = min(case.lowest for case in airless), max(case.highest for case in airless)
-    return [
-        f"{_names(airless)}: called CT, but no voxel is below {AIR:g} (found {low:g} to {high:g}), so they may be "
-        "normalised, windowed or stored with an offset. Export them in Hounsfield units, or name another `modality`."
-    ]
+    sentences = []
+    for channel, ct in enumerate(findings.ct):
+        lowest = np.array([case.lowest[channel] for case in findings.cases])
+        highest = max(case.highest[channel] for case in findings.cases)
+        which = f"channel {channel} of " if findings.channels > 1 else ""
+        airless = [case for case, low in zip(findings.cases, lowest, strict=True) if low > AIR]
+        if ct and airless:
+            found = f"{min(case.lowest[channel] for case in airless):g} to {max(c.highest[channel] for c in airless):g}"
+            sentences.append(
+                f"{which}{_names(airless)}: called CT, but no voxel is below {AIR:g} (found {found}), so they may be "
+                "normalised, windowed or stored with an offset. Export them in Hounsfield units, or name another "
+                "`modality`."
+            )
+        if not findings.modalities and np.median(lowest) < UNLIKE_MR:
+            sentences.append(
+                f"{which}the images have values of {lowest.min():g} to {highest:g}, as CT has, but the datalist names "
+                'no `modality`, so each is normalised by its own. Add "modality": "CT" if they are.'
+            )
+    return sentences
 
 
 def _target_units(findings: Findings) -> list[str]:
@@ -105,26 +116,34 @@ def _target_units(findings: Findings) -> list[str]:
                 if (found := case.maps.get(name)) is not None and found[1].sum()
             }
             if unit == "mm":
-                sentences += _beyond_the_image(findings, name)
+                sentences += _unlike_millimetres(findings, name, sizes)
         else:
             sizes = {case.name: case.numbers[name] for case in findings.cases if np.isfinite(case.numbers[name])}
         sentences += _other_unit(name, unit, sizes)
     return sentences
 
 
-def _beyond_the_image(findings: Findings, name: str) -> list[str]:
+def _unlike_millimetres(findings: Findings, name: str, sizes: dict[str, float]) -> list[str]:
+    """Longer than the image, or far below what its voxels can show."""
     beyond = [
         case
         for case in findings.cases
-        if name in case.maps and case.maps[name][2] > np.linalg.norm(case.shape * case.spacing)
+        if name in case.maps and case.maps[name][3] > np.linalg.norm(case.shape * case.spacing)
     ]
-    if not beyond:
-        return []
-    worst = beyond[0]
-    return [
-        f"target {name}: {_names(beyond)}: values up to {worst.maps[name][2]:g} mm are longer than the image itself, "
-        f"{np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
-    ]
+    if beyond:
+        worst = beyond[0]
+        return [
+            f"target {name}: {_names(beyond)}: values up to {worst.maps[name][3]:g} mm are longer than the image "
+            f"itself, {np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
+        ]
+    finest = float(findings.spacings.min())
+    typical = float(np.median(list(sizes.values()))) if sizes else finest
+    if 0 < typical < finest / BELOW_VOXELS:
+        return [
+            f"target {name}: {typical:g} mm in the median case, where the finest voxel has sides of {finest:g} mm. Is "
+            "the unit centimetres or metres?"
+        ]
+    return []
 
 
 def _other_unit(name: str, unit: str, sizes: dict[str, float]) -> list[str]:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from ..data.datalist import case_name, load_section, read_grid
 from ..errors import BadInput
-from ..targets import dense_names, is_dense
+from ..targets import check_targets, dense_names, is_dense
 from ..transforms.loading import LoadCased
 
-__all__ = ["IMAGE_SUFFIXES", "NOT_TARGETS", "Case", "Findings", "find", "is_ct", "modalities"]
+__all__ = ["IMAGE_SUFFIXES", "NOT_TARGETS", "Case", "Findings", "find", "modalities"]
 
 FOREGROUND_SAMPLES_PER_CASE = 10000
 NOT_TARGETS = ("image", "label", "annotated", "patient")
@@ -33,11 +33,11 @@ class Case:
         spacing: mm.
         orientation: the patient's directions in which the file's axes run, such as ``"LPS"``.
         nonzero: voxels of the box around everything that isn't 0 in every channel.
-        lowest: of the image's values.
-        highest: of the image's values.
+        lowest: of each channel's values.
+        highest: of each channel's values.
         label_voxels: of each label id; None without a label.
         annotated: the ids that the label speaks of; None for all.
-        maps: of a dense target, sum and number of valid values by label id, and the highest.
+        maps: of a dense target, sum and number of valid values by label id, and the lowest and highest of all.
         numbers: of a case-level target, its value.
     """
 
@@ -46,11 +46,11 @@ class Case:
     spacing: np.ndarray
     orientation: str
     nonzero: np.ndarray | None = None
-    lowest: float = 0.0
-    highest: float = 0.0
+    lowest: np.ndarray | None = None
+    highest: np.ndarray | None = None
     label_voxels: np.ndarray | None = None
     annotated: Sequence[int] | None = None
-    maps: dict[str, tuple[np.ndarray, np.ndarray, float]] = field(default_factory=dict)
+    maps: dict[str, tuple[np.ndarray, np.ndarray, float, float]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -64,7 +64,7 @@ class Findings:
         labels: names by id.
         modalities: names of the channels, as far as the datalist tells them.
         cases: in the datalist's order.
-        foreground: sampled intensities of labelled voxels, for CT only.
+        foreground: sampled intensities of labelled voxels by channel, of channels that are CT.
         targets: complete descriptions of the regression targets.
     """
 
@@ -73,13 +73,14 @@ class Findings:
     labels: dict[str, str]
     modalities: list[str]
     cases: list[Case]
-    foreground: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    foreground: dict[int, np.ndarray] = field(default_factory=dict)
     targets: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def ct(self) -> bool:
-        """Whether every channel is CT: only then do intensities mean the same in every image."""
-        return is_ct(self.modalities)
+    def ct(self) -> list[bool]:
+        """Whether each channel is CT: only then do intensities mean the same in every image."""
+        named = self.modalities or [""] * self.channels
+        return [name.strip().lower() == "ct" for name in named]
 
     @property
     def spacings(self) -> np.ndarray:
@@ -101,11 +102,6 @@ def modalities(content: Mapping[str, Any]) -> list[str]:
     """Names of the channels, as far as the datalist tells them."""
     named = content.get("modality", content.get("channel_names", {}))
     return [str(name) for name in named.values()] if isinstance(named, dict) else [str(named)] if named else []
-
-
-def is_ct(names: Sequence[str]) -> bool:
-    """Whether every channel is CT."""
-    return bool(names) and all(name.strip().lower() == "ct" for name in names)
 
 
 def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
@@ -194,20 +190,17 @@ def _target_names(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
 def _described(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """The datalist's own description of the targets; without one, a guess from the entries."""
     if "targets" in content:
-        targets = [dict(target) for target in content["targets"]]
-        for target in targets:
-            if not {"name", "kind"} <= set(target) or target["kind"] not in ("dense", "sum", "mean"):
-                raise BadInput(
-                    f"{content['path']}: the target {target} needs a `name` and a `kind`: dense, sum or mean."
-                )
-        return targets
+        check_targets(content["targets"], labels, f"{content['path']}, targets")
+        return [{"kind": "dense", **target} for target in content["targets"]]
     dense, numbers = _target_names(content)
     foreground = [int(index) for index in labels if index != "0"]
     structure = foreground[0] if len(foreground) == 1 else foreground
-    return [
+    guessed = [
         *({"name": name, "unit": "", "kind": "dense", "missing": 0} for name in dense),
         *({"name": name, "unit": "", "kind": "mean", "structure": structure} for name in numbers),
     ]
+    check_targets(guessed, labels, f"{content['path']}, keys of the entries")
+    return guessed
 
 
 def _read_voxels(
@@ -220,12 +213,13 @@ def _read_voxels(
         ["image", "label", *(target["name"] for target in findings.targets)], findings.labels, None, findings.targets
     )
     rng = np.random.default_rng(1234)
-    foreground = []
+    foreground: dict[int, list[np.ndarray]] = {channel: [] for channel, ct in enumerate(findings.ct) if ct}
     bar = tqdm(entries, desc="reading", unit="case", disable=None if progress else True)
     for entry, case in zip(bar, findings.cases, strict=True):
         loaded = load(entry)
         image = loaded["image"].numpy()
-        case.lowest, case.highest = float(image.min()), float(image.max())
+        channels = image.reshape(len(image), -1)
+        case.lowest, case.highest = channels.min(axis=1), channels.max(axis=1)
         # The box lies along the file's axes.
         box = ndimage.find_objects((image != 0).any(axis=0).astype(np.uint8))
         sides = [part.stop - part.start for part in box[0]] if box else image.shape[1:]
@@ -238,8 +232,9 @@ def _read_voxels(
             continue
         label = loaded["label"].numpy()[0]
         case.label_voxels = np.bincount(label.ravel(), minlength=len(findings.labels))
-        if findings.ct and (label > 0).any():
-            foreground.append(rng.choice(image[:, label > 0].ravel(), FOREGROUND_SAMPLES_PER_CASE))
+        for channel, samples in foreground.items():
+            if (label > 0).any():
+                samples.append(rng.choice(image[channel][label > 0], FOREGROUND_SAMPLES_PER_CASE))
         for name in dense:
             if entry.get(name) is None:
                 continue
@@ -249,11 +244,12 @@ def _read_voxels(
             case.maps[name] = (
                 np.bincount(where, weights=found, minlength=len(findings.labels)),
                 np.bincount(where, minlength=len(findings.labels)),
-                float(found.max(initial=0)),
+                float(found.min()) if found.size else 0.0,
+                float(found.max()) if found.size else 0.0,
             )
-    if findings.ct and not foreground:
+    if not all(foreground.values()):
         raise BadInput(f"{content['path']}: no training case has a labelled voxel, so CT intensities can't be planned.")
-    findings.foreground = np.concatenate(foreground) if foreground else np.zeros(0)
+    findings.foreground = {channel: np.concatenate(samples) for channel, samples in foreground.items()}
 
 
 def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from ..data.datalist import read_datalist
 from ..errors import BadInput
 from ..files import write_atomically
+from ..targets import is_dense
 from .doubts import doubts
 from .findings import Findings, find
 from .topology import (
@@ -39,11 +40,17 @@ STAGES_OF_THE_CONFIGS = 4
 SHARE_THAT_IS_CROPPED = 0.75
 
 
-def _intensity(findings: Findings) -> dict[str, Any]:
-    if not findings.ct:
-        nonzero = {"nonzero": True} if findings.nonzero_share < SHARE_THAT_IS_CROPPED else {}
-        return {"kind": "zscore", **nonzero}
-    foreground = findings.foreground
+def _intensity(findings: Findings) -> dict[str, Any] | list[dict[str, Any]]:
+    """One description for all channels where it is the same, else one a channel."""
+    nonzero = {"nonzero": True} if findings.nonzero_share < SHARE_THAT_IS_CROPPED else {}
+    channels = [
+        _of_ct(findings.foreground[channel]) if ct else {"kind": "zscore", **nonzero}
+        for channel, ct in enumerate(findings.ct)
+    ]
+    return channels[0] if all(channel == channels[0] for channel in channels) else channels
+
+
+def _of_ct(foreground: np.ndarray) -> dict[str, Any]:
     lower, upper = np.percentile(foreground, (0.5, 99.5))
     values = {"lower": lower, "upper": upper, "mean": foreground.mean(), "std": max(foreground.std(), 1e-8)}
     return {"kind": "ct", **{key: round(float(value), 4) for key, value in values.items()}}
@@ -140,48 +147,104 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
     lines = [
         f"{len(findings.shapes)} training images, {findings.spatial_dims}D, {findings.channels} channel(s), "
         f"median {numbers(np.median(findings.shapes, axis=0))} voxels",
-        f"spacing: {numbers(low)} to {numbers(high)} mm found, {numbers(plan['spacing'])} mm chosen",
+        f"spacing: {numbers(low)} to {numbers(high)} mm found, {numbers(plan['spacing'])} mm chosen: "
+        + _why(findings, plan),
         f"patch: {numbers(plan['patch_size'])} voxels, batch {plan['batch_size']}: what fits "
         f"{BUDGET_GIGABYTES if memory is None else memory:g} GB, no more than 5 % of the data a batch",
         f"network: {len(plan['features'])} stages of {plan['features']} channels, "
         f"{numbers([math.prod(axis) for axis in zip(*plan['strides'], strict=True)])} voxels become one at the bottom",
+        f"strides: {', '.join(numbers(stage) for stage in plan['strides'])}: an axis is halved while it is less "
+        "than twice as coarse as the finest and has eight voxels",
+        f"kernels: {', '.join(numbers(stage) for stage in plan['kernel_sizes'])}: 1 along an axis that is twice as "
+        "coarse as the finest",
     ]
     if plan["thick_axis"] is not None:
         lines.append(f"anisotropic: patches are flat along axis {plan['thick_axis']}; augmentation stays in plane")
-    intensity = plan["intensity"]
-    if intensity["kind"] == "ct":
-        lines.append(
-            f"intensity: CT, clipped to {intensity['lower']:g} .. {intensity['upper']:g} (0.5 and 99.5 % of labelled "
-            f"voxels), mean {intensity['mean']:g}, standard deviation {intensity['std']:g}"
-        )
-    else:
-        which = "its non-zero part" if intensity.get("nonzero") else "each image"
-        lines.append(f"intensity: z-score of {which} (modality {', '.join(findings.modalities) or 'not given'})")
+    intensities = plan["intensity"] if isinstance(plan["intensity"], list) else [plan["intensity"]]
+    for index, intensity in enumerate(intensities):
+        which = f"intensity of channel {index}" if len(intensities) > 1 else "intensity"
+        if intensity["kind"] == "ct":
+            lines.append(
+                f"{which}: CT, clipped to {intensity['lower']:g} .. {intensity['upper']:g} (0.5 and 99.5 % of "
+                f"labelled voxels), mean {intensity['mean']:g}, standard deviation {intensity['std']:g}"
+            )
+        else:
+            part = "the non-zero part of each image" if intensity.get("nonzero") else "each image"
+            named = ", ".join(findings.modalities) or "not given"
+            lines.append(f"{which}: z-score of {part}, since `modality` isn't CT ({named})")
     for target in plan["targets"]:
         unit = target.get("unit") or "no unit given"
         lines.append(
             f"target {target['name']}: {target['kind']}, {unit}, structure {target.get('structure', 'whole image')}, "
-            f"scale {target['scale']:g}"
+            f"scale {target['scale']:g}; {_range(target, findings)}"
         )
     return "\n".join(lines)
 
 
+def _why(findings: Findings, plan: Mapping[str, Any]) -> str:
+    """The rule that chose the spacing."""
+    median = np.median(findings.spacings, axis=0)
+    chosen = np.asarray(plan["spacing"])
+    if np.allclose(chosen, plan_spacing(findings.spacings, findings.shapes), atol=1e-4):
+        lowered = np.flatnonzero(~np.isclose(chosen, median, atol=1e-4))
+        return (
+            f"the median, along axis {lowered[0]} of thick slices the 10th percentile" if lowered.size else "the median"
+        )
+    return "as asked for"
+
+
+def _range(target: Mapping[str, Any], findings: Findings) -> str:
+    """What values the training cases have."""
+    name = target["name"]
+    if is_dense(target):
+        maps = [case.maps[name] for case in findings.cases if name in case.maps and case.maps[name][1].sum()]
+        if not maps:
+            return "no values found"
+        means = [found[0].sum() / found[1].sum() for found in maps]
+        low, high = min(found[2] for found in maps), max(found[3] for found in maps)
+        return f"values {low:.3g} to {high:.3g} in {len(maps)} cases, means {min(means):.3g} to {max(means):.3g}"
+    numbers = [case.numbers[name] for case in findings.cases if np.isfinite(case.numbers[name])]
+    return f"{min(numbers):.3g} to {max(numbers):.3g} in {len(numbers)} cases" if numbers else "no values found"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m common plan``."""
+    parser.description = (
+        "Read the training cases of a datalist once, and choose voxel size, crop, network and normalisation for them "
+        "by nnU-Net's rules. Prints what it found and why it chose so, and warns of what looks wrong. The plan goes "
+        "with every later command: --config_file \"['bundles/teacher/configs/train.json','plan.json']\"."
+    )
+    parser.epilog = "example: python -m common plan --datalist my_data/datalist.json --output plan.json --memory 4GB"
     parser.add_argument("--datalist", required=True, help="JSON datalist; its training section is planned from")
-    parser.add_argument("--output", required=True, help="JSON file for the plan, an overlay for the bundles' configs")
-    parser.add_argument("--memory", default=None, help="memory of the device, like 8GB (the default)")
-    parser.add_argument("--width", type=int, default=32, help="channels of the first stage")
+    parser.add_argument("--output", required=True, help="new JSON file for the plan")
+    parser.add_argument(
+        "--memory",
+        default=None,
+        help="memory of the GPU, or that a training may take: a larger one gives larger crops (default 8GB)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=32,
+        help="channels of the network's first stage, doubled a stage; 16 is faster and sees less (default 32)",
+    )
     parser.add_argument("--max-width", type=int, default=None, help="most channels of a stage (320 in 3D, 512 in 2D)")
-    parser.add_argument("--spacing", type=float, nargs="+", default=None, metavar="MM", help="not the planned one")
+    parser.add_argument(
+        "--spacing",
+        type=float,
+        nargs="+",
+        default=None,
+        metavar="MM",
+        help="resample to this voxel size, left-right, front-back, head-foot, instead of the planned one: 2 2 3",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run ``python -m common plan``; returns the exit code."""
     content = read_datalist(args.datalist)
     output = Path(args.output)
-    if output.resolve() == Path(args.datalist).resolve() or output.is_dir():
-        raise BadInput(f"{output}: expected a new JSON file for the plan, not the datalist or a folder.")
+    if output.exists():
+        raise BadInput(f"--output {output}: exists already. Give another name, or remove it.")
     memory = parse_memory(args.memory)
     plan, findings = _plan(content, args.width, args.max_width, memory, args.spacing, progress=True)
     print(_explain(findings, plan, memory))

@@ -19,9 +19,18 @@ from ..data.datalist import Grid, case_name, describe_error, dicom_files, grid_d
 from ..errors import BadInput
 from ..targets import is_dense
 
-__all__ = ["LoadCased"]
+__all__ = ["LoadCased", "image_loader"]
 
 _ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
+
+
+def image_loader(**options: Any) -> LoadImage:
+    """MONAI's ``LoadImage`` for images without their meta data, with ``options`` of it."""
+    with warnings.catch_warnings():
+        # MONAI tries all its readers, and warns twice of a decoder for GPUs that none of the files needs.
+        warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        return LoadImage(image_only=True, **options)
 
 
 class LoadCased(MapTransform):
@@ -63,11 +72,7 @@ class LoadCased(MapTransform):
         self.channels = channels
         self.targets = {key: described[key] for key in self.keys if key in described}
         # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
-        with warnings.catch_warnings():
-            # MONAI tries all its readers, and warns of a decoder for GPUs that none of the files needs.
-            warnings.filterwarnings("ignore", message=".*nvImageCodec.*")
-            logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-            self.load = LoadImage(image_only=True, ensure_channel_first=True, simple_keys=True)
+        self.load = image_loader(ensure_channel_first=True, simple_keys=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load what ``data`` names; see the class."""

@@ -28,7 +28,7 @@ from monai.transforms import MapTransform
 
 from ..errors import BadInput
 from ..networks.reductions import reduce_to_case
-from ..targets import is_dense, structure_ids
+from ..targets import check_targets, is_dense, structure_ids
 
 __all__ = ["CaseSummaryd", "GeometricThicknessd", "MaskTargetd", "SplitOutputd", "WeightMapsd", "voxel_spacing"]
 
@@ -229,9 +229,7 @@ class CaseSummaryd(MapTransform):
         result_key: str = "result",
     ) -> None:
         super().__init__(segmentation_key, allow_missing_keys=True)
-        taken = [target["name"] for target in targets if target["name"] in ("volumes", "areas")]
-        if taken:
-            raise BadInput(f"`targets`: the name {taken[0]!r} is taken by the sizes of the labels; choose another.")
+        check_targets(targets)
         self.names = {int(label): name for label, name in labels.items() if int(label) != 0}
         self.targets = list(targets)
         self.segmentation_key = segmentation_key

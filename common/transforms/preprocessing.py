@@ -10,6 +10,7 @@ import torch
 from monai.transforms import (
     Compose,
     EnsureTyped,
+    MapTransform,
     NormalizeIntensityd,
     Orientationd,
     ScaleIntensityRanged,
@@ -47,6 +48,28 @@ class Spacingd(MonaiSpacingd):
         return {**super().__call__(shown, lazy=lazy), **hidden}
 
 
+class NormalizeChannelsd(MapTransform):
+    """Normalise each channel of ``image`` in a way of its own, as a CT and a PET of one patient ask for.
+
+    Args:
+        intensities: one a channel, as :func:`preprocessing` takes them.
+    """
+
+    def __init__(self, intensities: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__("image", allow_missing_keys=True)
+        self.channels = [_normalization(intensity) for intensity in intensities]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` with a normalised ``image`` (C, *spatial)."""
+        done = dict(data)
+        for key in self.key_iterator(done):
+            image = done[key].clone()
+            for index, normalize in enumerate(self.channels):
+                image[index : index + 1] = normalize({key: done[key][index : index + 1]})[key]
+            done[key] = image
+        return done
+
+
 def chain(*transforms: Callable | None) -> Compose:
     """One flat ``Compose`` of several, None left out.
 
@@ -61,7 +84,7 @@ def preprocessing(
     channels: int | None = None,
     targets: Sequence[Mapping[str, Any]] = (),
     spacing: Sequence[float] | None = None,
-    intensity: Mapping[str, Any] | None = None,
+    intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     orientation: str = "RAS",
 ) -> Compose:
     """Load, bring to one orientation and spacing, normalise intensities.
@@ -78,7 +101,7 @@ def preprocessing(
         intensity: ``{"kind": "zscore"}`` for mean 0 and standard deviation 1 a volume and channel (the default), with
             ``"nonzero": true`` of the voxels that aren't 0, which alone are changed, or ``{"kind": "ct", "lower": ...,
             "upper": ..., "mean": ..., "std": ...}`` for clipping, then the data set's mean and standard deviation, in
-            the file's unit.
+            the file's unit. A list has one a channel.
         orientation: the patient's directions that the axes x, y, z are made to run to: R or L, then A or P, then S or
             I. In 2D the first two count.
 
@@ -108,7 +131,12 @@ def preprocessing(
             )
         modes = ["bilinear" if key == "image" else "nearest" for key in maps]
         steps.append(Spacingd(maps, pixdim=spacing, mode=modes, dtype=np.float32, allow_missing_keys=True))
-    steps.append(_normalization(intensity or {"kind": "zscore"}))
+    if isinstance(intensity, Sequence):
+        if len(intensity) != (channels or len(intensity)):
+            raise BadInput(f"`intensity` describes {len(intensity)} channels; the network takes {channels}")
+        steps.append(NormalizeChannelsd(intensity))
+    else:
+        steps.append(_normalization(intensity or {"kind": "zscore"}))
     steps.append(EnsureTyped(maps, dtype=types, track_meta=True, allow_missing_keys=True))
     return Compose(steps)
 

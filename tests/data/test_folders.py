@@ -125,11 +125,30 @@ def test_bad_folders(folder: Path) -> None:
 def test_command_writes_a_datalist_that_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = folder / "datalist.json"
     arguments = ["datalist", "--images", f"{folder}/images", "--labels", f"{folder}/labels", "--output", str(output)]
-    arguments += ["--names", "1=lumen", "2=wall", "--modality", "CT", "--targets", f"thickness={folder}/maps"]
+    arguments += ["--names", "1=lumen", "2=wall", "--modality", "CT", "--targets", f"{folder}/maps"]
+    write(folder / "labels" / "stranger_seg.nii.gz")
     assert main(arguments) == 0
-    assert "training: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "training: " in printed
+    assert "is of patient00" in printed
+    assert "warning: 1 labels or maps are of no image, such as" in printed
+    assert "stranger_seg.nii.gz" in printed
+    assert "count as two patients" not in printed
     content = read_datalist(output)
     assert content["training"][0]["image"].startswith("images/"), "relative, so that the folder can be moved"
     assert load_section(output, "unlabeled")
+    assert content["targets"][0]["name"] == "maps"
     assert main(arguments) == 1, "nothing is overwritten"
     assert "exists already" in capsys.readouterr().err
+
+
+def test_names_that_may_be_of_one_patient_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for case in ("mueller_t1", "mueller_t2", "schmidt_t1", "schmidt_t2", "weber_t1", "weber_t2"):
+        write(tmp_path / "images" / f"{case}.nii.gz")
+        write(tmp_path / "labels" / f"{case}.nii.gz")
+    arguments = ["datalist", "--images", f"{tmp_path}/images", "--labels", f"{tmp_path}/labels"]
+    arguments += ["--validation", "0.17", "--output"]
+    assert main([*arguments, f"{tmp_path}/a.json"]) == 0
+    assert "count as two patients" in capsys.readouterr().out
+    assert main([*arguments, f"{tmp_path}/b.json", "--patient", "^[^_]+"]) == 0
+    assert "warning" not in capsys.readouterr().out

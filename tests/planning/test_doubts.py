@@ -23,16 +23,16 @@ def data_set(count: int = 4, modality: str = "MR", **of_the_first: Any) -> Findi
             spacing=np.array([1.0, 1.0, 2.0]),
             orientation="RAS",
             nonzero=np.array([100, 100, 50]),
-            lowest=-1000.0,
-            highest=1500.0,
+            lowest=np.array([-1000.0 if modality == "CT" else 0.0]),
+            highest=np.array([1500.0]),
             label_voxels=np.array([9000, 700, 300]),
-            maps={"thickness": (np.array([0.0, 0.0, 600.0]), np.array([0, 0, 300]), 6.0)},
-            numbers={"severity": 3.0 + index},
+            maps={"thickness": (np.array([0.0, 0.0, 600.0]), np.array([0, 0, 300]), 1.0, 6.0)},
+            numbers={"severity": 3.0 + index % 4},
         )
         cases.append(case)
     for key, value in of_the_first.items():
         setattr(cases[0], key, value)
-    return Findings(3, 1, LABELS, [modality], cases, targets=[THICKNESS, SEVERITY])
+    return Findings(3, 1, LABELS, [modality] if modality else [], cases, targets=[THICKNESS, SEVERITY])
 
 
 @pytest.mark.parametrize("modality", ["MR", "CT"])
@@ -49,15 +49,18 @@ def test_nothing_is_said_of_a_sound_data_set(modality: str) -> None:
         ({"spacing": np.array([1.9, 1.0, 1.1])}, []),
         ({"label_voxels": None}, ["without a label in `training`: c0"]),
         ({"label_voxels": np.array([9000, 0, 0])}, ["nothing is labelled in c0"]),
-        ({"lowest": 0.0, "highest": 1.0}, ["c0: called CT, but no voxel is below -200 (found 0 to 1)"]),
         (
-            {"maps": {"thickness": (np.array([0.0, 0.0, 600e3]), np.array([0, 0, 300]), 6000.0)}},
+            {"lowest": np.array([0.0]), "highest": np.array([1.0])},
+            ["c0: called CT, but no voxel is below -200 (found 0 to 1)"],
+        ),
+        (
+            {"maps": {"thickness": (np.array([0.0, 0.0, 600e3]), np.array([0, 0, 300]), 1e3, 6e3)}},
             [
                 "c0: values up to 6000 mm are longer than the image itself, 173 mm",
                 "c0 has 2000 mm where the median is 2",
             ],
         ),
-        ({"numbers": {"severity": 400.0}}, ["target severity: c0 has 400 points where the median is"]),
+        ({"numbers": {"severity": 40.0}}, ["target severity: c0 has 40 points where the median is"]),
         ({"numbers": {"severity": np.nan}, "maps": {}}, []),
     ],
 )
@@ -73,6 +76,22 @@ def test_a_label_in_no_case_is_named() -> None:
     for case in findings.cases:
         case.label_voxels = np.array([9000, 1000, 0])
     assert ["label 2, wall, is in no training case" in sentence for sentence in doubts(findings)] == [True]
+
+
+def test_images_that_look_like_ct_ask_for_the_modality() -> None:
+    findings = data_set(modality="CT")
+    findings.modalities = []
+    (sentence,) = doubts(findings)
+    assert "values of -1000 to 1500, as CT has" in sentence
+    assert doubts(data_set(modality="")) == []
+
+
+def test_a_thickness_in_metres_is_named() -> None:
+    findings = data_set()
+    for case in findings.cases:
+        case.maps = {"thickness": (np.array([0.0, 0.0, 0.6]), np.array([0, 0, 300]), 0.001, 0.006)}
+    (sentence,) = doubts(findings)
+    assert "0.002 mm in the median case, where the finest voxel has sides of 1 mm" in sentence
 
 
 def test_a_target_without_a_unit_is_named() -> None:

@@ -117,6 +117,17 @@ def test_skull_stripped_images_are_planned_by_their_nonzero_part(tmp_path: Path)
     assert plan["patch_size"] == [20, 32, 6]
 
 
+def test_channels_of_different_kinds_are_normalised_each_in_its_way(tmp_path: Path) -> None:
+    path = make_datalist(tmp_path, {"0": "CT", "1": "PET"})
+    for index in range(2):
+        label = np.asarray(nib.load(tmp_path / f"labels/{index}.nii.gz").dataobj)
+        channels = [np.choose(label, [-1000, 100, 50]), np.choose(label, [0, 3, 5])]
+        write(tmp_path / f"images/{index}.nii.gz", np.stack(channels, -1).astype(np.int16), SLICES_FIRST)
+    ct, pet = make_plan(path)["intensity"]
+    assert (ct["kind"], ct["lower"], ct["upper"]) == ("ct", 50, 100)
+    assert pet == {"kind": "zscore"}
+
+
 def test_targets_are_found(tmp_path: Path) -> None:
     dense, number = make_plan(make_datalist(tmp_path))["targets"]
     assert dense == {"name": "thickness", "unit": "", "kind": "dense", "missing": 0, "structure": 2, "scale": 3.0}
@@ -129,8 +140,13 @@ def test_described_targets_are_kept_and_completed(tmp_path: Path) -> None:
     whole = [{**described[0], "scale": 9.5}]
     assert make_plan(make_datalist(tmp_path, targets=whole))["targets"] == whole
     assert make_plan(make_datalist(tmp_path, targets=[]))["targets"] == []
-    with pytest.raises(BadInput, match="kind"):
-        make_plan(make_datalist(tmp_path, targets=[{"name": "thickness", "kind": "map"}]))
+    for wrong, message in (
+        ([{"name": "thickness", "kind": "map"}], "kind 'map'"),
+        ([{"name": "thickness", "structure": 9, "scale": 1}], "structure 9"),
+        (["thickness"], "found 'thickness'"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            make_plan(make_datalist(tmp_path, targets=wrong))
 
 
 def test_bad_data_sets_are_refused(tmp_path: Path) -> None:
@@ -199,10 +215,12 @@ def test_command_writes_the_plan_and_says_why(tmp_path: Path, capsys: pytest.Cap
     assert run("--datalist", str(path), "--output", str(output), "--memory", "6GB", "--width", "16") == 0
     assert json.loads(output.read_text()) == make_plan(path, width=16, memory=6)
     printed = capsys.readouterr().out
-    for part in ("1.5 x 1 x 6 mm chosen", "40 x 48 x 10 voxels", "6 GB", "flat along axis 2", "target thickness"):
+    for part in ("1.5 x 1 x 6 mm chosen", "40 x 48 x 10 voxels", "6 GB", "flat along axis 2", "chosen: the median"):
         assert part in printed
-    assert "target severity: no unit given" in printed
-    with pytest.raises(BadInput, match="not the datalist"):
+    assert "target thickness: dense, no unit given, structure 2, scale 3; values 3 to 3 in 2 cases, means 3" in printed
+    assert "target severity: mean, no unit given, structure [1, 2], scale 5; 4 to 6 in 2 cases" in printed
+    assert "warning: target severity: no unit given" in printed
+    with pytest.raises(BadInput, match="exists already"):
         run("--datalist", str(path), "--output", str(path))
 
 

@@ -139,6 +139,20 @@ def test_zscore_of_the_nonzero_part_leaves_the_rest_at_zero(tmp_path):
     assert np.count_nonzero(done) == 2
 
 
+def test_each_channel_in_its_own_way(tmp_path):
+    image = np.zeros((2, 2, 2, 2), np.float32)
+    image[..., 0].flat = [-2000, -100, 0, 40, 100, 200, 300, 4000]
+    image[..., 1].flat = [0, 2] * 4
+    intensity = [{"kind": "ct", "lower": -100, "upper": 300, "mean": 40, "std": 20}, {"kind": "zscore"}]
+    path = write(tmp_path / "a.nii.gz", image, np.eye(4))
+    done = preprocessing(channels=2, intensity=intensity)({"image": path})["image"]
+    np.testing.assert_allclose(done[0].flatten(), [-7, -7, -2, 0, 3, 8, 13, 13], atol=1e-5)
+    np.testing.assert_allclose(done[1].flatten(), [-1, 1] * 4, atol=1e-5)
+    assert done.affine.shape == (4, 4)
+    with pytest.raises(BadInput, match="describes 2 channels; the network takes 1"):
+        preprocessing(channels=1, intensity=intensity)
+
+
 def test_ct_clips_then_normalises(tmp_path):
     image = np.zeros((2, 2, 2), np.float32)
     image.flat = [-2000, -100, 0, 40, 100, 200, 300, 4000]

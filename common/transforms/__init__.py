@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .augmentation import crop, crop_indices, supervised_augmentation, weak_and_strong
 from .loading import LoadCased
-from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
+from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 from .postprocessing import load_references, monitor_postprocessing, postprocessing
 from .preprocessing import Spacingd, chain, preprocessing
 
@@ -15,7 +15,6 @@ __all__ = [
     "MaskTargetd",
     "Spacingd",
     "SplitOutputd",
-    "WeightMapsd",
     "chain",
     "crop",
     "crop_indices",

@@ -1,18 +1,12 @@
 """From the network's one tensor to what a user gets: a label map, a map a target, and the case's numbers.
 
 None of these transforms writes files, so that they serve a bundle's inference, its evaluation and MONAI Label alike.
-The usual order, with MONAI's own transforms in between::
+The usual order, where :class:`.restoring.RestoreGridd` brings all to the image's own grid::
 
     SplitOutputd(key="pred", num_classes=3, targets=targets)
-    Activationsd(keys="segmentation", softmax=True)
-    WeightMapsd(targets=targets)
-    Invertd(keys=["segmentation", "thickness_pred"], transform=preprocessing, orig_keys="image", nearest_interp=False)
-    WeightMapsd(targets=targets, divide=True)
-    AsDiscreted(keys="segmentation", argmax=True, dtype=torch.uint8)
+    RestoreGridd(preprocessing, targets)
     MaskTargetd(targets=targets)
     CaseSummaryd(labels=labels, targets=targets)
-
-Probabilities, not labels, are brought back to the image's grid: interpolating them keeps borders smooth.
 """
 
 from __future__ import annotations
@@ -30,7 +24,7 @@ from ..errors import BadInput
 from ..networks.reductions import reduce_to_case
 from ..targets import check_targets, is_dense, structure_ids
 
-__all__ = ["CaseSummaryd", "GeometricThicknessd", "MaskTargetd", "SplitOutputd", "WeightMapsd", "voxel_spacing"]
+__all__ = ["CaseSummaryd", "GeometricThicknessd", "MaskTargetd", "SplitOutputd", "voxel_spacing"]
 
 Target = Mapping[str, Any]
 
@@ -124,41 +118,6 @@ class SplitOutputd(MapTransform):
                 d[f"{name}_std"] = self._with_meta(torch.exp(log_variance / 2), source)
             if not is_dense(target):
                 d[f"{name}_case"] = self._reduce(target, channel, logits)
-        return d
-
-
-class WeightMapsd(MapTransform):
-    """Weigh dense targets' maps by the probability of their structure, and take the weights out again.
-
-    Outside its structure a map means nothing, and what it says there must not leak into a thin wall when the map is
-    resampled. Used before the resampling, and with ``divide`` after it, each voxel becomes the mean of its neighbours
-    weighted by how likely they belong to the structure; without resampling nothing changes. The weights have a small
-    floor, so that far from the structure the map is resampled as it is.
-
-    Args:
-        targets: the targets' descriptions; only maps with a structure are weighed.
-        divide: take the weights out instead.
-        segmentation_key: class probabilities (num_classes, *spatial); without them nothing is weighed.
-    """
-
-    FLOOR = 1e-3
-
-    def __init__(self, targets: Sequence[Target], divide: bool = False, segmentation_key: str = "segmentation") -> None:
-        super().__init__(segmentation_key, allow_missing_keys=True)
-        self.targets = [target for target in targets if is_dense(target) and structure_ids(target)]
-        self.divide = divide
-        self.segmentation_key = segmentation_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        if self.segmentation_key not in d:
-            return d
-        for target in self.targets:
-            probabilities = _plain(d[self.segmentation_key])[structure_ids(target)]
-            weight = probabilities.float().sum(dim=0, keepdim=True) + self.FLOOR
-            for key in (f"{target['name']}_pred", f"{target['name']}_std"):
-                if key in d:
-                    d[key] = d[key] / weight if self.divide else d[key] * weight
         return d
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from monai.transforms import (
-    Activationsd,
     AsDiscreted,
     Compose,
     CopyItemsd,
-    Invertd,
     KeepLargestConnectedComponentd,
     LoadImaged,
     SaveImaged,
@@ -20,7 +17,8 @@ from monai.transforms import (
 from ..data.datalist import case_name
 from ..switches import is_on
 from ..targets import dense_names
-from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
+from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
+from .restoring import RestoreGridd
 
 __all__ = ["load_references", "monitor_postprocessing", "postprocessing"]
 
@@ -78,30 +76,17 @@ def postprocessing(
             being connected, and give the others to the background. Only where each structure is known to be one piece.
     """
     channels = [target for target in targets if geometric is None or target["name"] != geometric["target"]]
-    maps = [f"{name}_pred" for name in dense_names(channels)]
-    continuous = (["segmentation"] if segments else []) + maps
-    steps: list[Callable] = [SplitOutputd("pred", len(labels) if segments else 0, channels)]
-    if segments:
-        steps += [Activationsd("segmentation", softmax=True), WeightMapsd(channels)]
-    steps.append(
-        Invertd(
-            [*continuous, *(f"{name}_std" for name in dense_names(channels))],
-            transform=preprocessing,
-            orig_keys="image",
-            nearest_interp=False,
-            to_tensor=True,
-            allow_missing_keys=True,
-        )
-    )
-    if segments:
-        steps.append(WeightMapsd(channels, divide=True))
-        steps.append(AsDiscreted("segmentation", argmax=True, dtype=torch.uint8))
-        if is_on(largest_component, "largest_component"):
-            steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
+    steps: list[Callable] = [
+        SplitOutputd("pred", len(labels) if segments else 0, channels),
+        RestoreGridd(preprocessing, channels),
+    ]
+    if segments and is_on(largest_component, "largest_component"):
+        steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
     if geometric is not None:
         steps.append(GeometricThicknessd(**geometric))
     steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]
     if output_dir is not None:
+        label_type = "uint8" if len(labels) <= 256 else "int16"
         saved = {"segmentation": "seg"} if segments else {}
         saved.update({f"{name}_pred": name for name in dense_names(targets)})
         steps += [
@@ -110,7 +95,7 @@ def postprocessing(
                 output_dir=output_dir,
                 output_postfix=postfix,
                 output_ext=".nii.gz",
-                output_dtype="uint8" if key == "segmentation" else "float32",
+                output_dtype=label_type if key == "segmentation" else "float32",
                 resample=False,
                 separate_folder=False,
                 output_name_formatter=_output_name,

@@ -15,7 +15,7 @@ from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadIm
 
 from common.data.thickness import write_thickness_maps
 from common.errors import BadInput
-from common.transforms.output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd, WeightMapsd
+from common.transforms.output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
 THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 2.0}
@@ -237,38 +237,3 @@ def test_a_target_that_geometry_cannot_measure() -> None:
         GeometricThicknessd.measurable([VOLUME, THICKNESS])
     with pytest.raises(BadInput, match=r"thickness is measured in the labels \[1, 2\]"):
         GeometricThicknessd.arguments({**THICKNESS, "structure": [1, 2], "inner": [3]})
-
-
-def resampled(output: torch.Tensor, spacing: float) -> MetaTensor:
-    """The wall's map back on a grid of 1 mm from a network that worked at ``spacing`` mm, along one axis."""
-    size = (output.shape[-1] - 1) * round(spacing) + 1
-    image = MetaTensor(torch.zeros(1, 1, 1, size), affine=torch.eye(4))
-    before = Compose([Spacingd("image", pixdim=(1.0, 1.0, spacing), mode="bilinear")])
-    d = before({"image": image})
-    d["pred"] = MetaTensor(output, meta=d["image"].meta, applied_operations=d["image"].applied_operations)
-    after = [SplitOutputd(num_classes=3, targets=[THICKNESS]), Activationsd("segmentation", softmax=True)]
-    after.append(WeightMapsd([THICKNESS]))
-    keys = ["segmentation", "thickness_pred"]
-    after.append(Invertd(keys, transform=before, orig_keys="image", nearest_interp=False, to_tensor=True))
-    after.append(WeightMapsd([THICKNESS], divide=True))
-    return Compose(after)(d)["thickness_pred"]
-
-
-def test_what_a_map_says_outside_its_structure_does_not_leak_into_a_thin_wall() -> None:
-    """Voxel 2 of 5 is the wall, 3 mm; beside it the network says -50, which means nothing."""
-    output = torch.zeros(4, 1, 1, 5)
-    output[0] = 20.0
-    output[0, ..., 2], output[2, ..., 2] = 0.0, 20.0
-    output[3] = -50.0
-    output[3, ..., 2] = 3.0
-    found = resampled(output, 2.0).flatten()
-    assert found[4].item() == pytest.approx(3.0, abs=0.11)  # the floor of the weights
-    # Half-way to its neighbours the wall's share is a half, and its value still what counts.
-    assert found[3:6].tolist() == pytest.approx([3.0] * 3, abs=0.2)
-    assert found[0].item() == pytest.approx(-50.0), "far away nothing changes"
-
-
-def test_without_resampling_weights_change_nothing() -> None:
-    torch.manual_seed(0)
-    output = torch.randn(4, 1, 1, 5)
-    assert torch.allclose(resampled(output, 1.0), output[3:], atol=1e-5)

@@ -49,6 +49,8 @@ SECTIONS = ("training", "unlabeled", "validation", "testing")
 _SUFFIXES = (".nii.gz", ".seg.nrrd", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", ".jpg")
 _IMAGE_ONLY = ("unlabeled",)
 _GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid seldom agree to the last digit
+_LEAN = 0.002  # mm a mm, or of a cosine: what rounding comes to; a gantry that is tilted by 0.5 degrees gives 0.009
+_ONE_PLACE = 0.001  # mm
 _MOST_PROBLEMS = 20
 _MOST_FILES = 5
 
@@ -276,7 +278,8 @@ def read_grid(path: PathOrPaths) -> Grid:
         path: a NIfTI file, any file ITK reads, a folder with one DICOM series, or a list of files, one a channel.
 
     Raises:
-        BadInput: the header can't be read, the file is shorter than it says, or a list's files are on different grids.
+        BadInput: the header can't be read, the file is shorter than it says, a list's files are on different grids, or
+            the slices of a series are no even, straight stack.
     """
     if not isinstance(path, (str, os.PathLike)):
         grids = [read_grid(item) for item in path]
@@ -315,19 +318,150 @@ def _itk_grid(path: str | os.PathLike) -> Grid:
     import itk
 
     files = dicom_files(path) if os.path.isdir(path) else [os.fspath(path)]
-    headers = [_itk_header(itk, name) for name in dict.fromkeys((files[0], files[-1]))]
-    first, last = headers[0], headers[-1]
-    rank = min(first.GetNumberOfDimensions(), 3)
-    shape = [int(first.GetDimensions(axis)) for axis in range(rank)]
+    header = _itk_header(itk, files[0])
+    grid = _header_grid(header)
+    shape, affine = list(grid.shape), grid.affine
+    if len(files) > 1:
+        grids = [grid, *(_header_grid(_itk_header(itk, name)) for name in files[1:])]
+        _check_stack(path, files, grids)
+        # The files' mean step, which is what ITK's reader takes.
+        affine[:3, 2] = (grids[-1].affine[:3, 3] - affine[:3, 3]) / (len(files) - 1)
+        shape[2] = len(files)
+    elif header.GetNameOfClass() == "GDCMImageIO" and len(shape) == 3:
+        if shape[2] == 1:
+            # ITK takes 1 mm whatever the header says.
+            affine[:3, 2] *= _slice_thickness(path, header) / np.linalg.norm(affine[:3, 2])
+        else:
+            _check_frames(files[0], affine)
+    return Grid(tuple(shape), grid.channels, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+
+
+def _header_grid(header: Any) -> Grid:
+    """The grid of one file, in ITK's LPS millimetres."""
+    rank = min(header.GetNumberOfDimensions(), 3)
     affine = np.eye(4)
     for axis in range(rank):
-        affine[:rank, axis] = np.asarray(first.GetDirection(axis))[:rank] * first.GetSpacing(axis)
-    affine[:rank, 3] = [first.GetOrigin(axis) for axis in range(rank)]
-    if len(files) > 1:
-        step = [last.GetOrigin(axis) - first.GetOrigin(axis) for axis in range(3)]
-        affine[:3, 2] = np.asarray(step) / (len(files) - 1)
-        shape[2:] = [len(files)]
-    return Grid(tuple(shape), int(first.GetNumberOfComponents()), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine)
+        affine[:rank, axis] = np.asarray(header.GetDirection(axis))[:rank] * header.GetSpacing(axis)
+    affine[:rank, 3] = [header.GetOrigin(axis) for axis in range(rank)]
+    return Grid(tuple(int(header.GetDimensions(axis)) for axis in range(rank)), header.GetNumberOfComponents(), affine)
+
+
+def _check_stack(folder: str | os.PathLike, files: Sequence[str], grids: Sequence[Grid]) -> None:
+    """Refuse a series whose slices are no even, straight stack, of which ITK makes a volume all the same.
+
+    Args:
+        folder: for the messages.
+        files: of the slices, in the order in which they are stacked.
+        grids: of the files.
+
+    Raises:
+        BadInput: slices differ in size, pixels or orientation, lie at one position, are spaced unevenly, or are shifted
+            sideways.
+    """
+    names = [os.path.basename(name) for name in files]
+    for name, grid in zip(names, grids, strict=True):
+        if grid.shape[2:] != (1,):
+            raise BadInput(f"{folder}: {name} holds several slices, as other files do; keep one such file a folder")
+        sides = np.linalg.norm(grids[0].affine[:3, :2], axis=0)
+        if grid.shape != grids[0].shape or (np.abs(grid.affine - grids[0].affine)[:3, :2] > _LEAN * sides).any():
+            raise BadInput(
+                f"{folder} is no one stack: {names[0]} has {_describe_slice(grids[0])}, {name} has "
+                f"{_describe_slice(grid)}; take out what does not belong to the volume, such as a localizer"
+            )
+    origins = np.stack([grid.affine[:3, 3] for grid in grids])
+    normal = np.cross(grids[0].affine[:3, 0], grids[0].affine[:3, 1])
+    normal /= np.linalg.norm(normal)
+    heights = (origins - origins[0]) @ normal
+    order = np.argsort(heights, kind="stable")
+    steps = np.diff(heights[order])
+    same = np.flatnonzero(steps < _ONE_PLACE)
+    if same.size:
+        raise BadInput(
+            f"{folder}: {same.size} of its {len(files)} files lie where another one does, such as "
+            f"{names[order[same[0]]]} and {names[order[same[0] + 1]]}; keep one volume a folder (one time, echo or "
+            "reconstruction), of files that have an Image Position (Patient)"
+        )
+    step = float(np.median(steps))
+    apart = np.abs(heights - np.linspace(heights[0], heights[-1], len(files))).max()
+    if apart > _GRID_TOLERANCE * step:
+        worst = int(np.abs(steps - step).argmax())
+        raise BadInput(
+            f"{folder}: {names[order[worst]]} and {names[order[worst + 1]]} lie {steps[worst]:.4g} mm apart, other "
+            f"slices {step:.4g} mm. Where slices are missing, export the series again; where they are spaced "
+            "unevenly, resample it to an even spacing and give the NIfTI file"
+        )
+    aside = np.linalg.norm(origins - origins[0] - np.outer(heights, normal), axis=1)
+    if aside.max() > max(_GRID_TOLERANCE * sides.min(), _LEAN * abs(heights[-1])):
+        worst = int(aside.argmax())
+        raise BadInput(
+            f"{folder}: {names[worst]} is shifted sideways by {aside[worst]:.4g} mm against {names[0]}, which lies "
+            f"{abs(heights[worst]):.4g} mm away, as with a tilted gantry; straighten the series (dcm2niix does) and "
+            "give the NIfTI file"
+        )
+
+
+def _describe_slice(grid: Grid) -> str:
+    sides = np.linalg.norm(grid.affine[:3, :2], axis=0)
+    cosines = " ".join(f"{cosine:.3g}" for cosine in (grid.affine[:3, :2] / sides).T.ravel() + 0.0)
+    return f"{grid.shape[0]} x {grid.shape[1]} pixels of {sides[0]:.4g} x {sides[1]:.4g} mm, orientation {cosines}"
+
+
+def _slice_thickness(path: str | os.PathLike, header: Any) -> float:
+    """The thickness in mm of a volume of one slice."""
+    tags = header.GetMetaDataDictionary()
+    for tag in ("0018|0050", "0018|0088"):  # Slice Thickness, Spacing Between Slices
+        if tags.HasKey(tag) and tags[tag].strip() and float(tags[tag]) > 0:
+            return float(tags[tag])
+    raise BadInput(
+        f"{path} is one DICOM slice without a Slice Thickness, so that no volume could be told in mL; give the whole "
+        "series, or a NIfTI file with the right voxel size"
+    )
+
+
+def _check_frames(name: str, affine: np.ndarray) -> None:
+    """Refuse a multi-frame file whose frames are not where ITK has them.
+
+    ITK takes frames that it can't stack evenly for voxels of 1 x 1 x 1 mm, and a second echo for further slices.
+
+    Args:
+        name: of the file.
+        affine: of the volume that ITK makes of it, LPS.
+
+    Raises:
+        BadInput: the frames lie elsewhere; or ITK finds voxels of 1 mm, and pydicom is missing or the file names no
+            positions, so that nobody can tell whether it is right.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    doubtful = np.allclose(spacing, 1)
+    try:
+        import pydicom
+    except ImportError as error:
+        if not doubtful:
+            return
+        raise BadInput(
+            f"{name} has voxels of 1 mm, or frames that are no even stack; `pip install pydicom`, which tells the two "
+            "apart, or make a NIfTI file of it"
+        ) from error
+    groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    header = pydicom.dcmread(name, stop_before_pixels=True, specific_tags=list(groups))
+    try:
+        shared, frames = header.SharedFunctionalGroupsSequence[0], header.PerFrameFunctionalGroupsSequence
+        pixels = [frame.get("PixelMeasuresSequence", shared.get("PixelMeasuresSequence"))[0] for frame in frames]
+        sides = np.array([item.PixelSpacing for item in pixels], dtype=float)[:, ::-1]
+        places = np.array([frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames], dtype=float)
+    except (AttributeError, IndexError, TypeError) as error:
+        if not doubtful:
+            return
+        raise BadInput(f"{name} has frames without positions; make a NIfTI file with the right voxel size") from error
+    expected = affine[:3, 3] + np.arange(len(places))[:, None] * affine[:3, 2]
+    apart = np.linalg.norm(places - expected, axis=1).max()
+    if apart > max(_GRID_TOLERANCE * spacing.min(), _LEAN * spacing[2] * len(places)) or not np.allclose(
+        sides, spacing[:2], rtol=_LEAN
+    ):
+        raise BadInput(
+            f"{name}: its frames are no even stack in the order of their positions (missing slices, several times or "
+            "echoes, a tilted gantry); export one volume a file, or make NIfTI files with dcm2niix"
+        )
 
 
 def _itk_header(itk: Any, name: str) -> Any:

@@ -19,16 +19,12 @@ def _is_volume(path: Path) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, which many scanners write without a suffix: its preamble tells."""
-    if not path.is_file() or path.name.startswith("."):
+    """Whether a file is a DICOM image, which many scanners write without a suffix: its preamble tells."""
+    if _is_volume(path) or not path.is_file() or path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return False
     with path.open("rb") as file:
         file.seek(128)
         return file.read(4) == b"DICM"
-
-
-def _is_series(folder: Path) -> bool:
-    return any(_is_dicom(path) for path in sorted(folder.iterdir())[:20])
 
 
 def _check_names(cases: Sequence[Mapping[str, Any]]) -> None:
@@ -38,7 +34,7 @@ def _check_names(cases: Sequence[Mapping[str, Any]]) -> None:
         if name in found:
             raise BadInput(
                 f"{found[name]} and {case['image']} are both named {name!r}, and what is written for one would replace "
-                "what is written for the other. Rename one of them, or keep them in folders of their own."
+                "what is written for the other. Rename one of them, or give them one by one, each an output folder."
             )
         found[name] = case["image"]
 
@@ -49,15 +45,15 @@ def find_cases(
     """The entries ``{"image": path}`` that ``source`` stands for; the path is a list where each channel has a file.
 
     Args:
-        source: a volume (NIfTI, NRRD, MetaImage), a folder of volumes, a folder that is a DICOM series, a folder of
-            such folders, or a datalist (JSON), whose ``testing`` entries are taken.
+        source: a volume (NIfTI, NRRD, MetaImage), a folder of volumes, a folder that is a DICOM series, a folder with
+            such folders at any depth, or a datalist (JSON), whose ``testing`` entries are taken.
         channels: channels of an image. With more than one, files named ``<case>_0000.nii.gz``, ``<case>_0001.nii.gz``
             and so on, nnU-Net's raw layout, are the channels of one case.
-        output_dir: where results will go; must not be the folder that is searched.
+        output_dir: where results will go; must not be the folder that is searched. Nothing is searched for in it.
 
     Raises:
-        BadInput: nothing is given, nothing is there, it holds no image, cases share a name or lack a channel, or
-            results would lie among the inputs.
+        BadInput: nothing is given, nothing is there, it holds no image, a folder holds both DICOM files and volumes or
+            further series, cases share a name or lack a channel, or results would lie among the inputs.
     """
     if source is None:
         raise BadInput("input: not given. Use --input with a file, a folder of files, or a DICOM series.")
@@ -76,21 +72,21 @@ def find_cases(
             raise BadInput(f"input: {path} is no image that can be read: {advice}.")
         cases = [{"image": str(path)}]
     else:
-        if output_dir is not None and Path(output_dir).expanduser().resolve() == path.resolve():
+        results = None if output_dir is None else Path(output_dir).expanduser().resolve()
+        if results == path.resolve():
             raise BadInput(
                 f"output_dir: {path} is the input's own folder. The next run would take results for scans, and a label "
                 "file there could be replaced. Choose another folder."
             )
-        cases = _in_folder(path, channels)
+        cases = _in_folder(path, channels, results)
     _check_names(cases)
     return cases
 
 
-def _in_folder(folder: Path, channels: int) -> list[dict[str, str | list[str]]]:
-    if _is_series(folder):
-        return [{"image": str(folder)}]
-    children = sorted(folder.iterdir())
-    found = [str(child) for child in children if _is_volume(child) or (child.is_dir() and _is_series(child))]
+def _in_folder(folder: Path, channels: int, results: Path | None) -> list[dict[str, str | list[str]]]:
+    series = _find_series(folder, {results})
+    volumes = [] if series == [folder] else [child for child in folder.iterdir() if _is_volume(child)]
+    found = [str(path) for path in sorted([*volumes, *series])]
     if not found:
         raise BadInput(f"input: {folder} holds no volume ({', '.join(_SUFFIXES)}) and no folder with a DICOM series.")
     if channels > 1:
@@ -98,3 +94,23 @@ def _in_folder(folder: Path, channels: int) -> list[dict[str, str | list[str]]]:
 
         return [{"image": image} for image in group_channels(found).values()]
     return [{"image": image} for image in found]
+
+
+def _find_series(folder: Path, passed: set[Path | None]) -> list[Path]:
+    """The folders that hold DICOM files: ``folder``, or those below it, but not in folders that are ``passed``."""
+    passed.add(folder.resolve())  # a link may lead back
+    children = sorted(folder.iterdir())
+    below = [
+        series
+        for child in children
+        if child.is_dir() and not child.name.startswith(".") and child.resolve() not in passed
+        for series in _find_series(child, passed)
+    ]
+    slices = [child for child in children if _is_dicom(child)]
+    others = [*(child for child in children if _is_volume(child)), *below]
+    if slices and others:
+        raise BadInput(
+            f"input: {folder} holds {slices[0].name}, which is DICOM, and {others[0].relative_to(folder)}, which is an "
+            "image of its own; keep the files of a series in a folder with nothing else."
+        )
+    return [folder] if slices else below

@@ -1,8 +1,9 @@
 """What Python a bundle's configs would run, found without running any of it.
 
 MONAI calls whatever a ``_target_`` names and evaluates every string that begins with ``$``; Python's ``logging``
-evaluates parts of ``logging.conf``. All of these are listed by their full names. The list is for a reader: what lies in
-an allowed package is taken for that package's own doing, and the bundle's ``scripts`` are programs, too.
+evaluates parts of ``logging.conf``. All of these are listed by their full names, and judged by what bundles need: a
+list of what is harmless, since any large package also has ways to run programs and to write files. What the allowed
+objects are told to do, such as the folders that they write to, is for a reader, and ``scripts`` are programs, too.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import ast
 import builtins
 import configparser
+import importlib
+import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,27 +25,99 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from .configs import is_target, strings
 
-__all__ = ["ALLOWED", "Use", "config_uses", "import_names", "logging_uses"]
+__all__ = ["ATTRIBUTES", "MODULES", "Use", "config_uses", "import_names", "logging_uses", "value_faults"]
 
-ALLOWED = ("monai", "torch", "ignite", "numpy", "scripts.common")
 # Names that MONAI gives to every expression.
 _GIVEN = {"monai": "monai", "torch": "torch", "np": "numpy", "numpy": "numpy"}
-_HARMLESS = frozenset(
+# What an expression may name without anything before it.
+_BUILTINS = frozenset(
     {
         *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int"),
         *("isinstance", "len", "list", "map", "max", "min", "pow", "print", "range", "reversed", "round", "set"),
         *("slice", "sorted", "str", "sum", "tuple", "zip"),
     }
 )
-# Names by which an allowed package leads to the operating system, to files' programs or to the network.
-_WAYS_OUT = frozenset(
+# What an expression may take of the values that other parts of a config make: nothing that writes, or that is another
+# package's way to run something.
+ATTRIBUTES = frozenset(
     {
-        *("apps", "builtins", "bundle", "compile", "cpp_extension", "ctypes", "ctypeslib", "download"),
-        *("download_and_extract", "download_url", "eval", "exec", "f2py", "hub", "import_module", "importlib"),
-        *("instantiate", "load", "load_library", "locate", "open", "optional_import", "os", "pickle", "popen"),
-        *("requests", "shutil", "socket", "subprocess", "sys", "system", "urllib"),
+        *("deployed", "discriminators", "divisor", "items", "keys", "network", "parameters", "run", "to"),
+        *("trainable_parameters", "values"),
     }
 )
+# Modules all of whose own classes only compute, keep or show what they are given. Not among them, since they look up
+# any Python object by a string, run a program's text or fetch one: MONAI's transforms of files and of users' functions,
+# its networks and losses that come with weights, and its `utils`.
+_MODULES_OF_CLASSES = (
+    *(f"scripts.common.{name}" for name in ("data", "handlers", "inferers", "losses", "methods", "networks")),
+    *("scripts.common.transforms", "torch.nn.modules", "torch.optim"),
+    *(f"monai.transforms.{name}" for name in ("croppad", "intensity", "spatial")),
+    *(f"monai.losses.{name}" for name in ("dice", "ds_loss", "focal_loss", "hausdorff_loss", "tversky")),
+)
+_OBJECTS = frozenset(
+    {
+        "monai.data.dataloader.DataLoader",
+        "monai.data.dataset.CacheDataset",
+        "monai.data.dataset.Dataset",
+        "monai.engines.evaluator.SupervisedEvaluator",
+        "monai.handlers.checkpoint_loader.CheckpointLoader",
+        "monai.handlers.from_engine",
+        "monai.handlers.hausdorff_distance.HausdorffDistance",
+        "monai.handlers.lr_schedule_handler.LrScheduleHandler",
+        "monai.handlers.mean_dice.MeanDice",
+        "monai.handlers.surface_distance.SurfaceDistance",
+        "monai.inferers.inferer.SimpleInferer",
+        "monai.inferers.inferer.SlidingWindowInferer",
+        "monai.transforms.compose.Compose",
+        "monai.transforms.post.dictionary.Activationsd",
+        "monai.transforms.post.dictionary.AsDiscreted",
+        "monai.transforms.utility.dictionary.CastToTyped",
+        "monai.transforms.utility.dictionary.EnsureChannelFirstd",
+        "monai.transforms.utility.dictionary.EnsureTyped",
+        "torch.cuda.device_count",
+        "torch.cuda.is_available",
+        "torch.device",
+        *(f"torch.{name}" for name in ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8")),
+        *(f"scripts.common.{name}" for name in ("bundle_root", "completion.completed_cases", "is_on")),
+        *(
+            f"scripts.common.data.{name}"
+            for name in (
+                *("case_keys", "check_output", "find_cases", "load_section", "make_loader", "organ_cases"),
+                *("studies.unlabeled_cases", "studies.with_maps", "unknown_as_background", "whole_cases"),
+            )
+        ),
+        *(
+            f"scripts.common.engines.{name}"
+            for name in (
+                *("SemiSupervisedTrainer", "check_evaluation", "distributed_device", "load_teacher", "load_weights"),
+                *("organ_teachers.load_organ_teachers", "predict", "prediction.leave_in_place", "preflight"),
+                *("selected_on", "start", "start_distributed", "start_from", "stop_distributed"),
+            )
+        ),
+        "scripts.common.targets.dense_names",
+        *(
+            f"scripts.common.transforms.{name}"
+            for name in (
+                *("GeometricThicknessd.arguments", "GeometricThicknessd.measurable", "chain", "crop"),
+                *("displayed.displayed", "load_references", "monitor_postprocessing", "postprocessing"),
+                *("preprocessing", "sampled_augmentation.sampled_augmentation", "supervised_augmentation"),
+                "weak_and_strong",
+            )
+        ),
+    }
+)
+# What an import statement may name besides: the modules that these are taken from.
+MODULES = frozenset(
+    name.rsplit(".", count)[0]
+    for name in (*_OBJECTS, *(f"{name}.*" for name in _MODULES_OF_CLASSES))
+    for count in range(1, name.count(".") + 1)
+) - {"scripts"}
+_FOREIGN = "runs other things than bundles need"
+_REFERENCES = "__local_refs"  # MONAI's name for what the config's other parts have become
+_RELATIVE = re.compile(r"[@%](?:#|::)")
+_MODE = re.compile(r"(^|#|::)_mode_$")
+_INSIDE_TARGET = re.compile(r"(^|#|::)_target_(#|::)")
+_PACKAGE = __package__.rpartition(".")[0]
 _LOCATOR = ComponentLocator()
 _STREAMS = ("sys.stdout", "sys.stderr")
 _LOG_HANDLERS = ("StreamHandler", "logging.StreamHandler", "NullHandler", "logging.NullHandler")
@@ -63,23 +140,39 @@ class Use:
     fault: str | None = None
 
 
-def _allowed(name: str, prefixes: Collection[str]) -> bool:
+def _below(name: str, prefixes: Collection[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _judge(name: str, prefixes: Collection[str]) -> str | None:
-    if not _allowed(name, prefixes):
-        return "is none of the allowed packages'"
-    return None if name in prefixes else _way_out(name.split("."))
+def _judge(name: str, allow: Collection[str], importing: bool = False) -> str | None:
+    if name in allow or name in _OBJECTS or (importing and name in MODULES):
+        return None
+    if private := next((part for part in name.split(".") if part.startswith("_")), None):
+        return f"{_FOREIGN}, by {private!r}"
+    if _below(name, allow):
+        return None
+    own = _own_name(name)
+    return None if own in _OBJECTS or _below(own, _MODULES_OF_CLASSES) else _FOREIGN
 
 
-def _way_out(parts: Collection[str]) -> str | None:
-    for part in parts:
-        if part.startswith("_"):
-            return f"reaches into what Python keeps to itself, by {part!r}"
-        if part in _WAYS_OUT:
-            return f"may lead out of its package, by {part!r}"
-    return None
+@lru_cache
+def _own_name(name: str) -> str:
+    """A class's name in the module that defines it, since packages hand on what is another's; empty for no class."""
+    module, _, last = name.rpartition(".")
+    if _below(module, ["scripts.common"]):
+        with suppress(ImportError):  # of the package that is installed, not of the archive's
+            importlib.import_module(module.replace("scripts.common", _PACKAGE, 1))
+        module = module.replace("scripts.common", _PACKAGE, 1)
+    found = getattr(sys.modules.get(module), last, None)
+    if not isinstance(found, type):
+        return ""
+    own = f"{found.__module__}.{found.__qualname__}"
+    return f"scripts.common{own.removeprefix(_PACKAGE)}" if _below(own, [_PACKAGE]) else own
+
+
+def _attribute_fault(attributes: Collection[str]) -> str | None:
+    foreign = next((name for name in attributes if name not in ATTRIBUTES), None)
+    return f"{_FOREIGN}, by {foreign!r}" if foreign else None
 
 
 def import_names(config: Mapping[str, Any]) -> dict[str, str]:
@@ -106,7 +199,7 @@ def _imported(text: str) -> list[tuple[str, str]]:
 
 
 def config_uses(
-    file: str, config: Mapping[str, Any], names: Mapping[str, str], prefixes: Collection[str] = ALLOWED
+    file: str, config: Mapping[str, Any], names: Mapping[str, str], allow: Collection[str] = ()
 ) -> Iterator[Use]:
     """What a config would run.
 
@@ -114,22 +207,41 @@ def config_uses(
         file: the config's name.
         config: its content.
         names: see :func:`import_names`; of all configs that may be used together.
-        prefixes: packages and objects that are allowed.
+        allow: packages and objects that are allowed, besides what bundles need.
     """
     for key, text in strings(config):
         if text.startswith("%"):
             yield Use(text, file, key, "takes its value from another file or place; write the value itself")
         elif imported := _imported(text):
-            yield from (Use(full, file, key, _judge(full, prefixes)) for _, full in imported)
+            yield from (Use(full, file, key, _judge(full, allow, importing=True)) for _, full in imported)
         elif text.startswith("$"):
             if is_target(key):
                 yield Use(text[:80], file, key, "is a name that an expression makes; write the name itself")
-            yield from (Use(name, file, key, fault) for name, fault in _expression(text[1:], names, prefixes))
+            yield from (Use(name, file, key, fault) for name, fault in _expression(text[1:], names, allow))
         elif is_target(key) and text.startswith("@"):
             yield Use(text, file, key, "is named by another part of the config; write the name itself")
         elif is_target(key):
             name = _component(text)
-            yield Use(name, file, key, _judge(name, prefixes))
+            yield Use(name, file, key, _judge(name, allow))
+        elif _MODE.search(key) and text not in ("default", "callable"):
+            yield Use(text, file, key, "is a way to call it that is for its maker's own debugging")
+        if _INSIDE_TARGET.search(key):
+            yield Use(text[:80], file, key, "is a part of a name that the config makes; write the name itself")
+
+
+def value_faults(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """What in a file of plain values MONAI would run or look up, once a config refers to it: key and fault."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            place = f"{key}#{name}" if key else str(name)
+            if is_target(str(name)):
+                yield place, "would be called once a config refers to it; remove it"
+            yield from value_faults(item, place)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from value_faults(item, f"{key}#{index}")
+    elif isinstance(value, str) and value.startswith(("$", "%", "@")):
+        yield key, f"{value[:40]!r} would be run or looked up once a config refers to it; begin with a letter"
 
 
 @lru_cache
@@ -142,9 +254,15 @@ def _component(target: str) -> str:
     return f"{module or 'builtins'}.{target}"
 
 
-def _expression(text: str, names: Mapping[str, str], prefixes: Collection[str]) -> Iterator[tuple[str, str | None]]:
+def _expression(text: str, names: Mapping[str, str], allow: Collection[str]) -> Iterator[tuple[str, str | None]]:
     """Full name and fault of everything that an expression names."""
-    source = ReferenceResolver.id_matcher.sub("reference_", ReferenceResolver.normalize_id(text)).strip()
+    if _REFERENCES in text or _RELATIVE.search(text):
+        yield text[:80], "refers to other parts in a way that can't be followed; write their ids, as in @a#b"
+        return
+    # As MONAI does it, inside quotes, too: what it parses is what is looked at.
+    source = ReferenceResolver.id_matcher.sub(
+        lambda found: f"{_REFERENCES}['{found[0][1:]}']", ReferenceResolver.normalize_id(text)
+    ).strip()
     try:
         tree = ast.parse(source, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -165,13 +283,13 @@ def _expression(text: str, names: Mapping[str, str], prefixes: Collection[str]) 
             base = base.value
         if isinstance(base, ast.Name) and base.id in known:
             name = ".".join([known[base.id], *attributes])
-            yield name, _judge(name, prefixes)
-        elif isinstance(base, ast.Name) and base.id != "reference_" and base.id not in own:
+            yield name, _judge(name, allow)
+        elif isinstance(base, ast.Name) and base.id != _REFERENCES and base.id not in own:
             name = ".".join(["builtins", base.id, *attributes])
-            fine = (base.id in _HARMLESS and not _way_out(attributes)) or _allowed(name, prefixes)
-            yield name, None if fine else "is none of the allowed packages'"
-        elif fault := _way_out(attributes):  # of what another part of the config makes, which may be a package, too
-            yield f"(...).{'.'.join(attributes)}", fault
+            yield name, None if base.id in _BUILTINS and not attributes else _judge(name, allow)
+        elif fault := _attribute_fault(attributes):  # of what another part of the config makes
+            name = f"(...).{'.'.join(attributes)}"
+            yield name, None if name in allow else fault
 
 
 def logging_uses(file: str, content: str) -> Iterator[Use]:

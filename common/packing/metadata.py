@@ -33,6 +33,8 @@ _RECORD = ("stage", "run_id", "nnunet", "weights", "config")
 _SEGMENTATION = ("dice", "jaccard", "hd95", "asd")
 _REGRESSION = ("mae", "rmse", "r2")
 _UNITS = {"dice": "", "jaccard": "", "hd95": " [mm]", "asd": " [mm]"}
+_OPTIONAL = ("highdicom",)  # for --dicom_seg
+_DIRECTIONS = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 _HEADING = re.compile(r"^(#+ )", re.MULTILINE)
 _OWN_VALUES = re.compile(r"The configs' own values are.*?plan\.json'\]\"`\.", re.DOTALL)
 
@@ -159,11 +161,13 @@ def fill_metadata(
             f"{', '.join(STATED)}."
         )
     intensity, patch = config["intensity"], config["patch_size"]
-    is_ct = intensity["kind"] == "ct"
+    # With a description a channel, the channels aren't all of one kind or range.
+    is_ct = isinstance(intensity, Mapping) and intensity["kind"] == "ct"
     classes = ", ".join(f"{label} {name}" for label, name in classes_of(config).items())
     count = "one channel" if config["channels"] == 1 else f"{config['channels']} channels"
     # The packages that are named, in the versions that are here.
     packages = {name: _installed(name) or known for name, known in template["required_packages_version"].items()}
+    optional = {name: found for name in _OPTIONAL if (found := _installed(name))}
     shape = {"spatial_shape": [f"{size}*n" for size in patch], "dtype": "float32", "is_patch_data": True}
     image = {
         "type": "image",
@@ -180,6 +184,8 @@ def fill_metadata(
             str(i): "image" if config["channels"] == 1 else f"image {i}" for i in range(config["channels"])
         },
         "spacing": config["spacing"],
+        # The patient's directions in which the axes run, first axis first.
+        "orientation": config["orientation"][: config["spatial_dims"]],
     }
     prediction = {
         "type": "image",
@@ -197,6 +203,7 @@ def fill_metadata(
         "pytorch_version": _installed("torch"),
         "numpy_version": _installed("numpy"),
         "required_packages_version": packages,
+        **({"optional_packages_version": optional} if optional else {}),
         "data_source": NOT_STATED,
         "image_classes": f"{count}, {'CT in HU' if is_ct else 'each image normalised by itself'}",
         "label_classes": f"one channel: {classes}",
@@ -224,6 +231,8 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
     card = card.replace(f"bundles/{bundle}/", "").replace("bundles/", "../").replace("`common.", "`scripts.common.")
     # The comments in code blocks, which start alike, are none here: the cards' blocks hold commands alone.
     card = _HEADING.sub(r"#\1", card)
+    axes = metadata["network_data_format"]["inputs"]["image"]["orientation"]
+    directions = ", ".join(_DIRECTIONS.get(letter, letter) for letter in axes)
     rows = [
         ("classes", ", ".join(f"{label} {name}" for label, name in classes_of(config).items())),
         *(
@@ -232,6 +241,7 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
         ),
         ("image", f"{config['spatial_dims']}D, {metadata['image_classes']}"),
         ("voxel size", " x ".join(f"{size:g}" for size in config["spacing"]) + " mm; others are resampled"),
+        ("axes", f"run to {directions} ({axes}); others are brought to it"),
         ("crops", " x ".join(str(size) for size in config["patch_size"]) + " voxels"),
         ("data", metadata["data_source"]),
         *(("made from", text) for text in _ancestors(metadata["lineage"])),
@@ -240,8 +250,8 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
         f"# {bundle} {metadata['version']}",
         metadata["description"],
         "| | |\n|---|---|\n" + "\n".join(f"| {name} | {text} |" for name, text in rows),
-        "PyTorch, MONAI and the packages of `required_packages_version` in `configs/metadata.json` must be installed; "
-        "the code is here, in `scripts`. From any folder, with BUNDLE for this one:",
+        "PyTorch, MONAI and the packages of `required_packages_version` in `configs/metadata.json` must be installed, "
+        "for `--dicom_seg` highdicom, too; the code is here, in `scripts`. From any folder, with BUNDLE for this one:",
         "```\n"
         "python -m monai.bundle run --config_file BUNDLE/configs/inference.json --input SCANS --output_dir RESULTS\n"
         "cd BUNDLE && sha256sum --check --quiet checksums.sha256\n```",

@@ -27,6 +27,7 @@ from ..files import write_atomically
 from ..networks import hand_over, read_weights, save_weights, state_digest
 from .archive import CHECKSUMS, archive_bytes, checksum_list
 from .configs import carried, merge_configs, read_json
+from .inspection import value_faults
 from .metadata import (
     NOT_STATED,
     classes_of,
@@ -37,7 +38,7 @@ from .metadata import (
     public_record,
     reached_metrics,
 )
-from .privacy import find_leaks, identifiers
+from .privacy import find_leaks, identifiers, plain_words, texts_of
 
 __all__ = ["add_arguments", "main", "pack_bundle"]
 
@@ -108,19 +109,15 @@ def pack_bundle(
         metrics = reached_metrics(
             read_json(Path(evaluation)), classes_of(inference), inference.get("targets", ()), evaluation
         )
-    filled = fill_metadata(
-        template,
-        inference,
-        channels,
-        number=number,
-        metrics=metrics,
-        origin=lineage(state_digest(state), record),
-        given=read_json(Path(metadata)) if metadata else {},
-    )
+    facts: dict[str, Any] = {"number": number, "metrics": metrics, "origin": lineage(state_digest(state), record)}
+    filled = fill_metadata(template, inference, channels, given=read_json(Path(metadata)) if metadata else {}, **facts)
+    if fault := next(value_faults(filled), None):
+        raise BadInput(f"metadata, {fault[0]}: {fault[1]}.")
+    card = _text(root / "docs" / "README.md")
     texts = {
         **{f"configs/{name}": _json(config) for name, config in carried(configs).items()},
         "configs/metadata.json": _json(filled),
-        "docs/README.md": make_card(bundle, _text(root / "docs" / "README.md"), filled, inference),
+        "docs/README.md": make_card(bundle, card, filled, inference),
         "LICENSE": _text(root / "LICENSE"),
         "scripts/__init__.py": "",
         **{f"configs/{path.name}": _text(path) for path in sorted((root / "configs").glob("*.conf"))},
@@ -129,7 +126,16 @@ def pack_bundle(
     if record:
         texts["models/model.json"] = _json(public_record(record))
     names = identifiers(read_datalist(datalist)) if datalist else set()
-    _refuse_leaks(texts, names)
+    # The same without anything that the user says.
+    unsaid = fill_metadata(template, inference, channels, given={}, **{**facts, "metrics": {}})
+    own_configs = carried(merge_configs(root / "configs", []))
+    public = {
+        **{f"configs/{name}": _json(config) for name, config in own_configs.items()},
+        "configs/metadata.json": _json(unsaid),
+        "docs/README.md": make_card(bundle, card, unsaid, inference),
+        "LICENSE": texts["LICENSE"],
+    }
+    exempt = _refuse_leaks(texts, names, {part for name, text in public.items() for part in texts_of(name, text)})
 
     files = {name: text.encode() for name, text in texts.items()}
     files["models/model.pt"] = _weights_bytes(state)
@@ -141,6 +147,7 @@ def pack_bundle(
         "--metadata can say whose the bundle is and which data it was trained on": filled["data_source"] == NOT_STATED,
         "--evaluation can say what was reached": not metrics,
         "--datalist can say which names of cases and patients to look for": not names,
+        f"not looked for, being words of the classes or of the bundle's own texts: {', '.join(sorted(exempt))}": exempt,
     }
     return filled, [remark for remark, holds in remarks.items() if holds]
 
@@ -185,14 +192,19 @@ def _package() -> dict[str, str]:
     return {f"scripts/common/{path.relative_to(PACKAGE).as_posix()}": _text(path) for path in sorted(paths)}
 
 
-def _refuse_leaks(texts: Mapping[str, str], names: Collection[str]) -> None:
-    folders = (Path.home(), PACKAGE.parent)
-    leaks = [leak for name, text in sorted(texts.items()) for leak in find_leaks(name, text, names, folders)]
+def _refuse_leaks(texts: Mapping[str, str], names: Collection[str], public: Collection[str]) -> set[str]:
+    """Raise where a text says what it should not; returns the names that were not looked for, being common words."""
+    exempt, folders = plain_words(names, public), (Path.home(), PACKAGE.parent)
+    looked_for = set(names) - exempt
+    leaks = [
+        leak for name, text in sorted(texts.items()) for leak in find_leaks(name, text, looked_for, folders, public)
+    ]
     if leaks:
         more = [f"... and {len(leaks) - _MOST_LEAKS} more"] if len(leaks) > _MOST_LEAKS else []
         raise BadInput(
             "nothing was packed; this must not leave the house:\n  " + "\n  ".join(leaks[:_MOST_LEAKS] + more)
         )
+    return exempt
 
 
 def _weights_bytes(state: Mapping[str, torch.Tensor]) -> bytes:

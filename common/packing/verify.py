@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..networks import check_finite, read_weights, state_digest
 from .archive import CHECKSUMS, Limits, entry_faults, size_faults
-from .inspection import ALLOWED, Use, config_uses, import_names, logging_uses
+from .inspection import Use, config_uses, import_names, logging_uses, value_faults
 
 __all__ = ["Report", "add_arguments", "main", "verify_archive"]
 
@@ -97,7 +97,7 @@ def verify_archive(
 
     Args:
         path: the zip file.
-        allow: packages or objects, besides the usual ones, that configs may run.
+        allow: packages or objects, besides those that bundles need, that configs may run.
         limits: what it may unpack to.
         run_code: when all of this is fine, also make the network with the archive's own code, and load the weights.
 
@@ -121,7 +121,7 @@ def verify_archive(
         files = _digest(archive, report, Path(folder))
         if report.bundle:
             report.done["archive"] = f"{len(files)} files in one folder, {_megabytes(archive)}"
-            _inspect(Path(folder) / report.bundle, files, report, (*ALLOWED, *allow), limits)
+            _inspect(Path(folder) / report.bundle, files, report, allow, limits)
         if run_code and report.fine:
             _run_code(Path(folder) / report.bundle, report)
     return report
@@ -156,14 +156,14 @@ def _digest(archive: zipfile.ZipFile, report: Report, folder: Path) -> dict[str,
     return digests
 
 
-def _inspect(root: Path, files: Mapping[str, str], report: Report, prefixes: Sequence[str], limits: Limits) -> None:
+def _inspect(root: Path, files: Mapping[str, str], report: Report, allow: Sequence[str], limits: Limits) -> None:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _check_kinds(files, report)),
         ("digests", lambda: _check_digests(root, files, report)),
         ("weights", lambda: _check_weights(root, files, report, limits)),
         ("metadata", lambda: _check_metadata(root, files, report)),
         ("code", lambda: _check_code(files, report)),
-        ("configs", lambda: _check_configs(root, files, report, prefixes)),
+        ("configs", lambda: _check_configs(root, files, report, allow)),
     ]
     for name, check in checks:
         before = len(report.problems)
@@ -279,6 +279,8 @@ def _check_metadata(root: Path, files: Mapping[str, str], report: Report) -> str
     metadata = _json(root, METADATA, report, "metadata")
     for error in jsonschema.Draft201909Validator(json.loads(SCHEMA.read_text())).iter_errors(metadata):
         report.blame("metadata", f"{METADATA}, {error.json_path}", error.message[:200])
+    for key, fault in value_faults(metadata):
+        report.blame("metadata", f"{METADATA}, {key}", f"{fault}.")
     report.version = str(metadata.get("version", ""))
     if any(check == "metadata" for check, *_ in report.problems):
         return ""
@@ -321,7 +323,7 @@ def _check_code(files: Mapping[str, str], report: Report) -> str:
     return f"{len(scripts)} files in scripts, {len(other)} of them unknown here"
 
 
-def _check_configs(root: Path, files: Mapping[str, str], report: Report, prefixes: Sequence[str]) -> str:
+def _check_configs(root: Path, files: Mapping[str, str], report: Report, allow: Sequence[str]) -> str:
     configs = {
         name: _json(root, name, report, "configs")
         for name in files
@@ -333,14 +335,15 @@ def _check_configs(root: Path, files: Mapping[str, str], report: Report, prefixe
             if names.setdefault(alias, full) != full:
                 report.blame("configs", alias, f"stands for {names[alias]} in one config, for {full} in another.")
     for name, config in configs.items():
-        report.uses += config_uses(name, config, names, prefixes)
+        report.uses += config_uses(name, config, names, allow)
     for name in files:
         if name.endswith(".conf"):
             report.uses += logging_uses(name, _text(root, name, report, "configs"))
     for use in report.uses:
         if use.fault:
             report.blame("configs", f"{use.file}, {use.key}", f"{use.name} {use.fault}. If it is fine: --allow NAME.")
-    return f"{len(report.objects())} Python objects, all of {', '.join(prefixes)} or harmless"
+    allowed = f", or allowed: {', '.join(allow)}" if allow else ""
+    return f"{len(report.objects())} Python objects, all of them what bundles need{allowed}"
 
 
 def _run_code(root: Path, report: Report) -> None:
@@ -389,9 +392,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PREFIX",
-        help="a Python package or object that the configs may run, besides "
-        + ", ".join(ALLOWED)
-        + "; may be given several times",
+        help="a Python package or object that the configs may run, besides what bundles need; may be given several "
+        "times",
     )
     parser.add_argument(
         "--max-size", type=float, default=Limits.size / 1e9, metavar="GB", help="most that it unpacks to"

@@ -15,7 +15,7 @@ from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 
-from ..data.datalist import Grid, case_name, describe_error, dicom_files, grid_difference, is_nifti, read_grid
+from ..data.datalist import Grid, case_name, describe_error, grid_difference, is_nifti, read_grid
 from ..errors import BadInput
 from ..targets import is_dense
 
@@ -107,15 +107,18 @@ class LoadCased(MapTransform):
         first = path if isinstance(path, (str, os.PathLike)) else path[0]
         if not os.path.exists(first):
             raise BadInput(f"{first} does not exist")
-        if os.path.isdir(first):
-            dicom_files(first)
-        reader = NibabelReader() if is_nifti(first) else ITKReader()
+        grid = None if is_nifti(first) else read_grid(path)
+        reader = NibabelReader() if grid is None else ITKReader()
         try:
-            return _own_rank(self.load(path, reader=reader))
+            value = _own_rank(self.load(path, reader=reader))
         except Exception as error:
             raise BadInput(
                 f"{first} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
             ) from error
+        if grid is not None and value.ndim == 4:
+            # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.
+            value.affine = torch.as_tensor(grid.affine, dtype=torch.float64)
+        return value
 
     def _image(self, path: Any) -> MetaTensor:
         image = self._read(path).to(torch.float32)

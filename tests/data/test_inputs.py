@@ -38,6 +38,37 @@ def test_a_file_a_folder_and_dicom(tmp_path: Path) -> None:
     assert find_cases(tmp_path / "scans/series") == [{"image": str(tmp_path / "scans/series")}]
 
 
+def test_nested_series_as_archives_export_them(tmp_path: Path) -> None:
+    for name in (
+        "p1/study/series 1/IM1",
+        "p1/study/series 2/IM1",
+        "p2/study/1.2.3/IM1",
+        ".cache/x/IM1",
+        "out/p1_seg.dcm",
+    ):
+        dicom(tmp_path / name)
+    dicom(tmp_path / "DICOMDIR")  # the index of an archive's export
+    (tmp_path / "p2/loop").symlink_to(tmp_path)
+    assert names(find_cases(tmp_path, output_dir=tmp_path / "out")) == ["series 1", "series 2", "1.2.3"]
+    dicom(tmp_path / "p3/study/1.2.3/IM1")
+    with pytest.raises(BadInput, match=r"p2/study/1\.2\.3 and .*p3/study/1\.2\.3 are both named '1\.2\.3'"):
+        find_cases(tmp_path, output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize("volume", ["a.nii.gz", "zz.mha", "deeper/series/IM1"])
+def test_a_dicom_file_among_other_images(tmp_path: Path, volume: str) -> None:
+    (dicom if volume.endswith("IM1") else touch)(tmp_path / volume)
+    touch(*(tmp_path / f"note {index}.txt" for index in range(30)))
+    dicom(tmp_path / "stray.dcm")
+    with pytest.raises(BadInput, match=rf"holds stray\.dcm, which is DICOM, and {volume.removesuffix('/IM1')}"):
+        find_cases(tmp_path)
+    (tmp_path / "stray.dcm").unlink()
+    assert names(find_cases(tmp_path)) == [Path(volume.removesuffix("/IM1")).name]
+    dicom(tmp_path / "alone/stray.dcm")
+    touch(*(tmp_path / f"alone/note {index}.txt" for index in range(30)))
+    assert names(find_cases(tmp_path / "alone")) == ["alone"], "a slice behind many other files"
+
+
 def test_files_that_are_channels(tmp_path: Path) -> None:
     touch(*(tmp_path / f"{case}_{channel:04d}.nii.gz" for case in "ab" for channel in (1, 0)))
     assert names(find_cases(tmp_path, channels=2)) == [

@@ -18,6 +18,7 @@ from monai.bundle import ConfigParser
 from common.__main__ import main
 from common.errors import BadInput
 from common.networks import read_weights
+from common.packing import pack_bundle
 from common.packing.metadata import classes_of, output_channels
 
 Pack = Callable[..., Path]
@@ -255,6 +256,44 @@ def test_names_of_the_datalist_are_found_wherever_they_are(pack: Pack, tmp_path:
     ):
         pack(datalist=datalist, metadata=said)
     pack(metadata=said)
+
+
+def test_common_words_may_be_names_of_cases(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Names with a digit may stand in the bundle's own text alone, such as "v2" in "nnU-Net v2"."""
+    cases = [{"image": f"images/{name}.nii.gz", "patient": "v2"} for name in ("lumen", "image", "hans", "1")]
+    datalist = write(tmp_path / "datalist.json", {"training": cases})
+
+    def remarks(text: str) -> str:
+        said = write(tmp_path / "said.json", {"data_source": text})
+        path = tmp_path / "packed.zip"
+        given = {"metadata": said, "datalist": datalist}
+        return "; ".join(pack_bundle("teacher", path, trained["plan"], trained["teacher"], **given)[1])
+
+    assert "not looked for, being words of the classes or of the bundle's own texts: image, lumen;" in (
+        remarks("Scans of the lumen, 1 image each") + ";"
+    )
+    for text, found in (("as v2 showed", "v2"), ("HANS was left out", "hans"), ("without case 1", "1")):
+        with pytest.raises(BadInput, match=f"data_source: found '{found}'"):
+            remarks(text)
+
+
+def test_what_a_user_says_is_no_expression(pack: Pack, tmp_path: Path) -> None:
+    said = write(tmp_path / "said.json", {"intended_use": "$1 a case"})
+    with pytest.raises(BadInput, match=r"metadata, intended_use: .* would be run or looked up"):
+        pack(metadata=said)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "said"), [("RAS", "right, anterior, superior"), ("LPI", "left, posterior, inf")]
+)
+def test_the_orientation_is_said(
+    orientation: str, said: str, train: Callable[..., Path], trained: dict[str, Path], pack: Pack, tmp_path: Path
+) -> None:
+    plan = write(tmp_path / "plan.json", {**json.loads(trained["plan"].read_text()), "orientation": orientation})
+    files = contents(pack("teacher", plan=plan, weights=train("teacher", tmp_path, plan)))
+    metadata = json.loads(files["configs/metadata.json"])
+    assert metadata["network_data_format"]["inputs"]["image"]["orientation"] == orientation
+    assert f"| axes | run to {said}" in files["docs/README.md"].decode()
 
 
 OTHERS = {

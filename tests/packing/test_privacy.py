@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.packing.privacy import find_leaks, identifiers
+from common.packing.privacy import Names, find_leaks, identifiers, plain_words, texts_of
 
 LEAKS = [
     "see /home/doe/results",
@@ -24,6 +24,27 @@ LEAKS = [
     "1.3.6.1.4.1.14519.5.2.1",
     "as in /checkout/of/mine/data",
     "K2093 is thin",
+    "k2093_left is thin",
+    "scans of mueller_hans",
+    "of Hans Müller",
+    "of Müller, Hans",
+    "of patient 7",
+    "of case 007",
+    "of case no. 7",
+    "images/007.nii.gz was left out",
+    "scans/7/ct was left out",
+    "see /data1/hospital/ct",
+    "see /fastscratch/mueller/ct",
+    "server:/raid/users/x",
+    "(/u/mueller/data)",
+    "/workspace2/a/b",
+    "weights at //server/share/x",
+    r"in D:\x",
+    "http://pacs.hospital.local/studies",
+    "https://me@pacs.lan:80",
+    "https://gitlab.intern.clinic.org/x",
+    "http://tracking/runs",
+    "https://clinic.home",
 ]
 FINE = [
     "bundles/data/x.json and docs/data.md",
@@ -33,12 +54,18 @@ FINE = [
     "Nature Methods 18, 203-211, 2021",
     "mm/s, 3 x 3 and/or 1:2",
     "K20931 is another",
+    "7 cases, 3.7 mm, 1/7, weeks 007 and 7 of 2021",
+    "hans and mueller",
+    "train/validate/test, <folder>/a/b, *.nii/b/c, BUNDLE/docs/a",
+    "https://home.example.org/local/a, https://example.org/a//b/c",
+    "https://example.org/releases/7.1/x",
+    "// a comment, a / b / c",
     "version 1.2.3",
 ]
 
 
 def leaks(name: str, text: str) -> list[str]:
-    return find_leaks(name, text, {"K2093"}, [Path("/checkout/of/mine")])
+    return find_leaks(name, text, {"K2093", "Hans Mueller", "7"}, [Path("/checkout/of/mine")])
 
 
 @pytest.mark.parametrize("text", LEAKS)
@@ -70,7 +97,37 @@ def test_programs_are_searched_for_places() -> None:
 
 def test_identifiers_of_a_datalist() -> None:
     content = {
-        "training": [{"image": "images/bulla7.nii.gz", "patient": "K2093"}, {"image": "scans/a1.nii.gz"}],
-        "unlabeled": [{"image": ["c_0000.nii.gz", "c_0001.nii.gz"], "patient": 12345}, {"image": "liver.nii.gz"}],
+        "training": [{"image": "images/bulla7.nii.gz", "patient": "K2093"}, {"image": "a/007.nii.gz", "patient": 7}],
+        "unlabeled": [
+            {"image": ["c_0000.nii.gz", "c_0001.nii.gz"], "patient": 12345},
+            {"image": "liver.nii.gz", "patient": "Hans Mueller"},
+        ],
     }
-    assert identifiers(content) == {"bulla7", "K2093", "c_0000", "12345"}
+    assert identifiers(content) == {"bulla7", "K2093", "007", "7", "c_0000", "12345", "liver", "Hans Mueller"}
+
+
+def test_names_are_words() -> None:
+    names = Names(["p01", "Anna-Lena", "Li", "X", "00042", "Ærø", "7"])
+    assert names.find("P01") == names.find("ct_p01_left") == {"p01"}
+    assert names.find("anna_lena's and Lena Anna's") == {"Anna-Lena"}
+    assert names.find("Aeroe") == {"Ærø"}
+    assert names.find("00042") == {"00042"}
+    assert names.find("Li, patient X; patients 7") == {"Li", "X", "7"}
+    assert not names.find("p011, xp01, p1, anna, anna_b_lena, list, X, 42, 7 mm, at 7/8, scan 7")
+    assert not Names([])
+
+
+def test_plain_words() -> None:
+    names = {"lung", "left_atrium", "case_7", "Hans", "v2"}
+    assert plain_words(names, ["The Lung's left atrium", "of case 7, v2"]) == {"lung", "left_atrium"}
+
+
+def test_what_is_the_same_whoever_packs_is_not_searched_for_names() -> None:
+    card = "made by nnU-Net v2\nof v2\n"
+    assert [leak[:23] for leak in find_leaks("docs/a.md", card, {"v2"}, public={"made by nnU-Net v2"})] == [
+        "docs/a.md, line 2: foun"
+    ]
+    config = json.dumps({"a": "v2", "b": "v2", "v2": 1})
+    assert not find_leaks("a.json", config, {"v2"}, public=texts_of("a.json", config))
+    assert len(find_leaks("a.json", config, {"v2"})) == 3
+    assert find_leaks("a.json", json.dumps({"a": "/home/doe/x"}), public={"/home/doe/x"})

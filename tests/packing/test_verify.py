@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pydoc
 import stat
 import zipfile
 from collections.abc import Callable, Mapping
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from bundle_runs import BUNDLES, ROOT
 
 from common.__main__ import main
 from common.errors import BadInput
 from common.packing import CHECKSUMS, Limits, verify_archive
 from common.packing.archive import archive_bytes, checksum_list
+from common.packing.configs import carried, merge_configs
+from common.packing.inspection import ATTRIBUTES, MODULES, config_uses, import_names
 
 Change = Callable[[dict[str, bytes]], None]
 Mutate = Callable[..., Path]
@@ -232,23 +236,30 @@ def test_files_that_a_bundle_does_not_have(mutate: Mutate) -> None:
 
 INFERENCE = "configs/inference.json"
 CONFIGS = {
-    "target": ({"inferer#_target_": "os.system"}, "inferer#_target_: os.system is none of the allowed"),
-    "built-in": ({"inferer#_target_": "exec"}, "builtins.exec is none of the allowed"),
-    "in a list": ({"handlers": [{"_target_": "subprocess.run"}]}, "handlers#0#_target_: subprocess.run is none of"),
+    "target": ({"inferer#_target_": "os.system"}, "inferer#_target_: os.system runs other things than bundles need"),
+    "built-in": ({"inferer#_target_": "exec"}, "builtins.exec runs other"),
+    "in a list": ({"handlers": [{"_target_": "subprocess.run"}]}, "handlers#0#_target_: subprocess.run runs other"),
     "by another key": ({"inferer#_target_": "@input", "input": "os.system"}, "@input is named by another part"),
     "by an expression": ({"inferer#_target_": "$'os.sys' + 'tem'"}, "is a name that an expression makes"),
     "macro": ({"inferer": "%/tmp/other.json#inferer"}, "takes its value from another file"),
-    "import": ({"imports": ["$import os"]}, "imports#0: os is none of the allowed"),
-    "alias": ({"imports": ["$from os import system as monai"]}, "os.system is none of the allowed"),
-    "expression": ({"amp": "$__import__('os').system('ls')"}, "builtins.__import__ is none of the allowed"),
-    "getattr": ({"amp": "$getattr(torch, 'h' + 'ub')"}, "builtins.getattr is none of the allowed"),
-    "through torch": ({"amp": "$torch.hub.load('a', 'b')"}, "torch.hub.load may lead out of its package, by 'hub'"),
-    "through a package": (
-        {"amp": "$common.study.subprocess.run(['ls'])"},
-        "scripts.common.study.subprocess.run may lead",
-    ),
-    "through a list": ({"amp": "$[torch][0].hub.load('a')"}, "(...).hub.load may lead out"),
-    "through a key": ({"a": "$torch", "amp": "$@a.hub.load('a')"}, "(...).hub.load may lead out"),
+    "a macro of the bundle": ({"inferer": "%configs/train.json#inferer"}, "takes its value from another file"),
+    "import": ({"imports": ["$import os"]}, "imports#0: os runs other"),
+    "import of a module": ({"imports": ["$import torch.utils.collect_env"]}, "torch.utils.collect_env runs other"),
+    "alias": ({"imports": ["$from os import system as monai"]}, "os.system runs other"),
+    "expression": ({"amp": "$__import__('os').system('ls')"}, "builtins.__import__ runs other"),
+    "getattr": ({"amp": "$getattr(torch, 'h' + 'ub')"}, "builtins.getattr runs other"),
+    "through torch": ({"amp": "$torch.hub.load('a', 'b')"}, "torch.hub.load runs other"),
+    "through a package": ({"amp": "$common.study.subprocess.run(['ls'])"}, "scripts.common.study.subprocess.run runs"),
+    "through a list": ({"amp": "$[torch][0].hub.load('a')"}, "(...).hub.load runs other things"),
+    "through a key": ({"a": "$torch", "amp": "$@a.hub.load('a')"}, "(...).hub.load runs other things"),
+    "a package as a value": ({"amp": "$torch"}, "amp: torch runs other"),
+    "a target's part": ({"inferer#_target_": {"_target_": "torch.nn.ReLU"}}, "is a part of a name that the config"),
+    "debugging": ({"inferer#_mode_": "debug"}, "inferer#_mode_: debug is a way to call it"),
+    "MONAI's references": ({"amp": "$__local_refs['a']"}, "in a way that can't be followed"),
+    # MONAI puts the id of the place where it stands, which may be any text, into the quotes.
+    "relative": ({"amp": "$'%#a'"}, "in a way that can't be followed"),
+    # MONAI's substitution makes this `'__local_refs['f'] {eval('1')}'`, the end of which is an f-string.
+    "out of quotes": ({"f": 0, "amp": "$'@f {eval(1)}'"}, "builtins.eval runs other"),
     "private": ({"amp": "$().__class__.__base__.__subclasses__()"}, "by '__class__'"),
     "hidden name": ({"amp": "$[eval for eval in [1]] and eval('1')"}, "eval is a name of its own for something else"),
     "no Python": ({"amp": "$a b"}, "a b can't be read as Python"),
@@ -260,6 +271,93 @@ def test_what_configs_would_run(values: Mapping[str, Any], message: str, mutate:
     wrong = problems(mutate(edit(INFERENCE, **values)))
     assert message in wrong
     assert "configs: configs/inference.json, " in wrong
+
+
+WAYS_OUT = {
+    "monai.utils.run_cmd": "$monai.utils.run_cmd(['touch', 'x'])",
+    "monai.bundle.run": "$monai.bundle.run(config_file='x')",
+    "monai.transforms.utils.eval": "$monai.transforms.utils.eval('1')",
+    "torch.utils.collect_env.run": "$torch.utils.collect_env.run('touch x')",
+    "torch.save": "$torch.save({}, 'x')",
+    "torch.utils.model_zoo.load_url": "$torch.utils.model_zoo.load_url('http://a.org/x')",
+    "torch.package.PackageImporter": "$torch.package.PackageImporter('x')",
+    "torch.distributed.run.main": "$torch.distributed.run.main(['x.py'])",
+    "numpy.testing.runstring": "$np.testing.runstring('1', {})",
+    "numpy.testing.measure": "$numpy.testing.measure('1')",
+    "numpy.savetxt": "$np.savetxt('x', [1])",
+    "builtins.run_cmd": "$run_cmd(['touch', 'x'])",
+    "builtins.str.join": "$str.join('', ['a'])",
+    "(...).tofile": "$@features.tofile('x')",
+    "(...).write_text": "$common.handlers.overview.Path('x').write_text('y')",
+}
+TARGETS = {
+    "run_cmd": "monai.utils.misc.run_cmd",
+    "monai.utils.run_cmd": "monai.utils.run_cmd",
+    # These look up what a string names, and call it.
+    "LoadImaged": "monai.transforms.io.dictionary.LoadImaged",
+    "monai.transforms.SaveImaged": "monai.transforms.SaveImaged",
+    "monai.inferers.PatchInferer": "monai.inferers.PatchInferer",
+    "monai.transforms.spatial.dictionary.optional_import": "monai.transforms.spatial.dictionary.optional_import",
+    "monai.losses.PerceptualLoss": "monai.losses.PerceptualLoss",
+    "torch.utils.collect_env.run": "torch.utils.collect_env.run",
+    "torch.package.PackageImporter": "torch.package.PackageImporter",
+    "scripts.common.networks.save_weights": "scripts.common.networks.save_weights",
+    "scripts.common.handlers.overview.Path": "scripts.common.handlers.overview.Path",
+    "scripts.common.handlers.none.None": "scripts.common.handlers.none.None",
+}
+
+
+def test_ways_out_of_the_usual_packages() -> None:
+    for name, expression in WAYS_OUT.items():
+        faults = [use.fault for use in config_uses("a.json", {"run": [expression]}, {"common": "scripts.common"})]
+        named = [use.name for use in config_uses("a.json", {"run": [expression]}, {}) if use.fault]
+        assert any(faults), expression
+        assert name in named or name.startswith("(..."), expression
+    for target, name in TARGETS.items():
+        (use,) = config_uses("a.json", {"a": {"_target_": target}}, {})
+        assert (use.name, use.fault) == (name, "runs other things than bundles need"), target
+
+
+def test_what_people_lay_over_is_fine() -> None:
+    fine = ("RandGaussianNoised", "monai.transforms.RandZoomd", "monai.losses.DiceFocalLoss", "torch.nn.LeakyReLU")
+    for target in (*fine, "torch.optim.AdamW", "monai.data.DataLoader", "scripts.common.networks.vnet.VNet"):
+        (use,) = config_uses("a.json", {"a": {"_target_": target}}, {})
+        assert not use.fault, use
+    assert not [use for use in config_uses("a.json", {"a": "$@train#method.trainable_parameters()"}, {}) if use.fault]
+
+
+def test_no_attribute_that_is_allowed_is_something_of_a_module() -> None:
+    """A module that a config imports is a value, too."""
+    assert len(MODULES) > 20
+    for name in MODULES:
+        own = name.removeprefix("scripts.")
+        found = pydoc.locate(own)
+        assert found is not None, name
+        assert not [attribute for attribute in ATTRIBUTES if hasattr(found, attribute)], name
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_every_config_of_the_bundles_is_fine(bundle: str) -> None:
+    """Recipes, ablations, baselines and protocols, too."""
+    configs = carried(merge_configs(ROOT / "bundles" / bundle / "configs", []))
+    names = {alias: full for config in configs.values() for alias, full in import_names(config).items()}
+    uses = [use for name, config in configs.items() for use in config_uses(name, config, names)]
+    assert len(uses) > 90
+    assert not [use for use in uses if use.fault]
+
+
+def test_metadata_are_values(mutate: Mutate, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    told = f"$__import__('pathlib').Path({str(mark)!r}).touch()"
+    wrong = problems(mutate(edit("configs/metadata.json", intended_use=told)))
+    assert "metadata: configs/metadata.json, intended_use: " in wrong
+    assert "would be run or looked up" in wrong
+    for value in ("%/etc/x.json#a", "@network_def", ["$1"], {"a": {"b": "$1"}}):
+        assert "would be run or looked up" in problems(mutate(edit("configs/metadata.json", more=value)))
+    for value in ({"_target_": 3}, [{"_target_": "os.system"}], {"a#_target_": "os.system"}):
+        assert "would be called" in problems(mutate(edit("configs/metadata.json", more=value)))
+    assert not problems(mutate(edit("configs/metadata.json", more={"cost": "5 $ @ 3 %"})))
+    assert not mark.exists()
 
 
 def test_more_of_configs(mutate: Mutate) -> None:
@@ -280,6 +378,7 @@ def test_more_can_be_allowed(mutate: Mutate) -> None:
     assert "my_package.inferers.Own" in problems(path)
     assert not problems(path, allow=["my_package", "torch.hub.load"])
     assert "my_package.inferers.Own" in problems(path, allow=["my_pack", "torch.hub.load"])
+    assert not problems(mutate(edit(INFERENCE, amp="$@features.copy()")), allow=["(...).copy"])
 
 
 def test_code_that_is_not_the_installed_is_noted(mutate: Mutate, files: dict[str, bytes]) -> None:

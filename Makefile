@@ -2,6 +2,7 @@
 # make demo DATA=folder the same on your data (a folder with datalist.json)
 # make label STUDIES=folder  annotate its images with MONAI Label (PLAN=plan.json, PORT=8000)
 # make test             everything that checks the project
+# make test-nnunet      imported models against nnU-Net itself, in an environment of its own
 # make lint             ruff
 
 PYTHON ?= python3
@@ -10,6 +11,7 @@ BIN    := $(VENV)/bin
 DATA   ?=
 OUTPUT ?= output/demo
 LABEL  := .venv-label
+NNUNET := .venv-nnunet
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 
@@ -19,7 +21,7 @@ export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
 export CUDA_CACHE_PATH := $(XDG_CACHE_HOME)/nv
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: setup demo label test lint
+.PHONY: setup demo label test test-nnunet lint
 
 setup: $(VENV)/.ready
 
@@ -54,6 +56,15 @@ test: setup lint
 	# where MONAI Label can't be installed, the tests of it are skipped and say so
 	-$(MAKE) --no-print-directory $(LABEL)/.ready
 	$(BIN)/python -m pytest -rs
+
+test-nnunet: $(NNUNET)/.ready
+	$(NNUNET)/bin/python -m pytest -rs tests/test_import_nnunet.py
+
+$(NNUNET)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(NNUNET)
+	$(NNUNET)/bin/pip install --quiet --constraint constraints.txt torch
+	$(NNUNET)/bin/pip install --quiet --constraint constraints.txt --editable '.[nnunet]' pytest pytest-timeout
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

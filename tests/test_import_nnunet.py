@@ -490,7 +490,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_against_nnunet_itself(shape: dict, size: tuple[int, ...], old: bool, tmp_path: Path) -> None:
     """nnU-Net's own network, built from the plans by its own code and saved by its own trainer."""
-    pytest.importorskip("nnunetv2", reason="pip install 'few-labels-bundles[nnunet]'")
+    pytest.importorskip("nnunetv2", reason="make test-nnunet")
     from nnunetv2.training.logging.nnunet_logger import MetaLogger
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans

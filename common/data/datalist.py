@@ -13,6 +13,7 @@ maps ids to names::
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -269,6 +270,16 @@ def dicom_files(folder: str | os.PathLike) -> list[str]:
         counts = ", ".join(f"{uid} ({len(names.GetFileNames(uid))} files)" for uid in series[:3])
         raise BadInput(f"{folder} holds {len(series)} DICOM series: {counts}; keep one series a folder")
     return list(names.GetFileNames(series[0]))
+
+
+def dicom_patient(folder: str | os.PathLike) -> str | None:
+    """A name for the patient of a DICOM series that doesn't tell who it is; None where the header doesn't say."""
+    import itk
+
+    header = _itk_header(itk, dicom_files(folder)[0])  # which the tags live in
+    tags = header.GetMetaDataDictionary()
+    number = tags["0010|0020"].strip(" \0") if tags.HasKey("0010|0020") else ""
+    return f"patient-{hashlib.sha256(number.encode()).hexdigest()[:8]}" if number else None
 
 
 def read_grid(path: PathOrPaths) -> Grid:

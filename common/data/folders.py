@@ -24,7 +24,7 @@ from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import check_targets
 from ..transforms.loading import image_loader
-from .datalist import SECTIONS, case_name
+from .datalist import SECTIONS, case_name, dicom_patient
 from .inputs import find_cases
 
 __all__ = ["add_arguments", "group_channels", "main", "make_datalist", "patient_of", "read_label_ids"]
@@ -153,7 +153,8 @@ def make_datalist(
         seed: of the draw.
         names: of the labels; by default those of ``dataset.json``, else ``label 1`` and so on.
         modality: a name a channel.
-        patient: a regular expression that finds the patient in a case's name, see :func:`patient_of`.
+        patient: a regular expression that finds the patient in a case's name, see :func:`patient_of`. Without one a
+            DICOM series is of the patient in its header.
 
     Returns:
         The datalist's content. Unlabelled images of validation patients are left out: the student would learn from the
@@ -176,7 +177,10 @@ def make_datalist(
     for name, folder in (targets or {}).items():
         target_of[name], without_image = _by_name(folder.resolve(), cases, ("", f"_{name}", f"-{name}"), name)
         unused += without_image
-    patients = {case: patient_of(case, patient) for case in cases}
+    patients = {
+        case: (_patient_in_header(image) if patient is None else None) or patient_of(case, patient)
+        for case, image in cases.items()
+    }
     held_out = _draw(sorted({patients[case] for case in label_of}), validation, seed)
 
     sections: dict[str, list[dict[str, Any]]] = {"training": [], "unlabeled": [], "validation": []}
@@ -235,6 +239,12 @@ def _label_names(
             "them."
         )
     return {str(number): given.get(number, f"label {number}") for number in ids}
+
+
+def _patient_in_header(image: str | Sequence[str]) -> str | None:
+    """The patient of a DICOM series, whose folder's name seldom tells; None of other files."""
+    first = image if isinstance(image, str) else image[0]
+    return dicom_patient(first) if os.path.isdir(first) else None
 
 
 def _draw(patients: Sequence[str], share: float, seed: int) -> set[str]:

@@ -152,3 +152,19 @@ def test_names_that_may_be_of_one_patient_are_shown(tmp_path: Path, capsys: pyte
     assert "count as two patients" in capsys.readouterr().out
     assert main([*arguments, f"{tmp_path}/b.json", "--patient", "^[^_]+"]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_dicom_series_are_of_the_patient_in_their_header(tmp_path: Path) -> None:
+    dicom_series = pytest.importorskip("dicom_series", exc_type=ImportError)
+    for name, number in (("first/ct1", "4711"), ("first/ct2", "4711"), ("second/ct3", "0815"), ("third/ct4", "")):
+        dicom_series.write_series(
+            tmp_path / name,
+            np.zeros((2, 4, 5), np.int16),
+            [1, 0, 0, 0, 1, 0],
+            change=lambda source, _, number=number: setattr(source, "PatientID", number),
+        )
+    entries = make_datalist(tmp_path)["unlabeled"]
+    patients = {Path(entry["image"]).name: entry["patient"] for entry in entries}
+    assert patients["ct1"] == patients["ct2"] != patients["ct3"]
+    assert patients["ct4"] == "ct4"
+    assert not any(number in str(entries) for number in ("4711", "0815")), "a datalist tells nobody who they are"

@@ -88,6 +88,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) ->
         own: whether network and targets must be the same, too, as for the bundle that trained the weights.
     """
     pairs = {key: (before.get(key), now.get(key)) for key in DATA}
+    if before:  # weights of before there was a choice
+        pairs["orientation"] = before.get("orientation", "RAS"), now.get("orientation")
     if own:
         pairs["targets"] = _targets(before.get("targets")), _targets(now.get("targets"))
         networks = before.get("network_def", {}), now.get("network_def", {})

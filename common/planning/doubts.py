@@ -24,7 +24,7 @@ def doubts(findings: Findings) -> list[str]:
     """A sentence for each thing that looks wrong, with the cases and what to do. Empty when nothing does."""
     return [
         sentence
-        for check in (_orientations, _spacings, _labels, _hounsfield_units, _target_units)
+        for check in (_single_slices, _orientations, _spacings, _labels, _hounsfield_units, _target_units)
         for sentence in check(findings)
     ]
 
@@ -32,6 +32,16 @@ def doubts(findings: Findings) -> list[str]:
 def _names(cases: Sequence[Case]) -> str:
     more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
     return ", ".join(case.name for case in cases[:SHOWN]) + more
+
+
+def _single_slices(findings: Findings) -> list[str]:
+    flat = [case for case in findings.cases if len(case.shape) == 3 and case.shape.min() == 1]
+    if not flat:
+        return []
+    return [
+        f"{_names(flat)}: one slice in a file of three dimensions, for which a network in 3D is planned. Save such "
+        "images in two dimensions (PNG, or NIfTI without the third axis) for a network in 2D."
+    ]
 
 
 def _orientations(findings: Findings) -> list[str]:
@@ -42,7 +52,7 @@ def _orientations(findings: Findings) -> list[str]:
     others = [case for case in findings.cases if case.orientation != most]
     found = ", ".join(f"{count} of {letters}" for letters, count in counts.most_common())
     return [
-        f"mixed orientations: {found}; not {most}: {_names(others)}. All are brought to RAS by their headers: look "
+        f"mixed orientations: {found}; not {most}: {_names(others)}. All are brought to one by their headers: look "
         "whether left is left in these."
     ]
 

@@ -55,6 +55,7 @@ def test_the_same_settings_load(model) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"orientation": "LPS"}, "orientation: trained with RAS, found LPS"),
         ({"spacing": [1.0, 1.0, 1.0]}, r"spacing: trained with \[1\.0, 1\.0, 2\.0\], found \[1\.0, 1\.0, 1\.0\]"),
         ({"labels": {"0": "background", "1": "spleen"}}, "labels: trained with .*liver.*, found .*spleen"),
         ({"intensity": {"kind": "ct"}}, "intensity: trained with"),

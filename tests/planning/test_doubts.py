@@ -44,6 +44,7 @@ def test_nothing_is_said_of_a_sound_data_set(modality: str) -> None:
     ("wrong", "said"),
     [
         ({"orientation": "LPS"}, ["mixed orientations: 3 of RAS, 1 of LPS; not RAS: c0"]),
+        ({"shape": np.array([100, 100, 1])}, ["c0: one slice in a file of three dimensions"]),
         ({"spacing": np.array([1.0, 1.0, 5.0])}, ["c0: voxels of 1 x 1 x 5 mm, the median is 1 x 1 x 2"]),
         ({"spacing": np.array([0.4, 1.0, 2.0])}, ["c0: voxels of 0.4 x 1 x 2 mm"]),
         ({"spacing": np.array([1.9, 1.0, 1.1])}, []),

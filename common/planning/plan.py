@@ -220,7 +220,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         default=None,
-        help="memory of the GPU, or that a training may take: a larger one gives larger crops (default 8GB)",
+        help="what a teacher's training may take, of the GPU mostly: more gives larger crops (default 8GB)",
     )
     parser.add_argument(
         "--width",

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from monai.transforms import LoadImage
 
 from .errors import BadInput
 from .handlers.cases import array
 from .handlers.pictures import DOTS_PER_INCH, _draw_contours, _save, _show
+from .transforms.loading import image_loader
 from .transforms.output import voxel_spacing
 
 __all__ = ["save_comparison"]
@@ -67,7 +67,7 @@ def save_comparison(
     Raises:
         BadInput: a file is on another grid.
     """
-    load = LoadImage(image_only=True, ensure_channel_first=True)
+    load = image_loader(ensure_channel_first=True)
     loaded = load(image)
     files = {"Reference": reference, **predictions}
     maps = {title: array(load(file)) for title, file in files.items()}

@@ -14,11 +14,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from monai.data import CacheDataset
-from monai.transforms import LoadImage
 
 from ..errors import BadInput
 from ..files import write_nifti
 from ..targets import is_dense, structure_ids
+from ..transforms.loading import image_loader
 from .datalist import case_name, describe_error, load_section, read_grid
 from .inputs import find_cases
 from .thickness import wall_thickness
@@ -67,7 +67,7 @@ def _fault(path: str, channels: int) -> str | None:
     try:
         found = read_grid(path).channels
         # The header of a file that was cut short is whole.
-        finite = bool(np.isfinite(LoadImage(image_only=True)(path)).all())
+        finite = bool(np.isfinite(image_loader()(path)).all())
     except Exception as error:  # readers raise whatever their format raises
         return describe_error(error)
     if found != channels:
@@ -138,7 +138,7 @@ def with_maps(
 def _measured(target: Mapping[str, Any], label_path: Path, path: Path) -> str:
     if not path.exists() or path.stat().st_mtime <= label_path.stat().st_mtime:
         try:
-            label = LoadImage(image_only=True, ensure_channel_first=True)(label_path)
+            label = image_loader(ensure_channel_first=True)(label_path)
         except Exception as error:
             raise BadInput(f"{label_path}: can't be read as a label ({describe_error(error)}).") from error
         ids = np.rint(label[0].numpy()).astype(np.int64)

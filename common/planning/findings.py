@@ -31,6 +31,7 @@ class Case:
         name: of the case.
         shape: voxels.
         spacing: mm.
+        axes: the file's own axes, in that order.
         orientation: the patient's directions in which the file's axes run, such as ``"LPS"``.
         nonzero: voxels of the box around everything that isn't 0 in every channel.
         lowest: of each channel's values.
@@ -44,6 +45,7 @@ class Case:
     name: str
     shape: np.ndarray
     spacing: np.ndarray
+    axes: np.ndarray
     orientation: str
     nonzero: np.ndarray | None = None
     lowest: np.ndarray | None = None
@@ -149,6 +151,7 @@ def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any
                 name=case_name(entry),
                 shape=np.asarray(grid.shape)[order],
                 spacing=np.linalg.norm(grid.affine[:3, :3], axis=0)[:rank][order],
+                axes=order,
                 orientation="".join(str(letter) for letter in nib.aff2axcodes(grid.affine))[:rank],
                 annotated=entry.get("annotated"),
             )
@@ -220,11 +223,9 @@ def _read_voxels(
         image = loaded["image"].numpy()
         channels = image.reshape(len(image), -1)
         case.lowest, case.highest = channels.min(axis=1), channels.max(axis=1)
-        # The box lies along the file's axes.
         box = ndimage.find_objects((image != 0).any(axis=0).astype(np.uint8))
         sides = [part.stop - part.start for part in box[0]] if box else image.shape[1:]
-        axes = nib.orientations.io_orientation(read_grid(entry["image"]).affine)[: len(sides), 0]
-        case.nonzero = np.asarray(sides)[np.argsort(axes, kind="stable")]
+        case.nonzero = np.asarray(sides)[case.axes]
         for target in findings.targets:
             if not is_dense(target):
                 case.numbers[target["name"]] = float(loaded[target["name"]])

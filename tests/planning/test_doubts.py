@@ -21,6 +21,7 @@ def data_set(count: int = 4, modality: str = "MR", **of_the_first: Any) -> Findi
             name=f"c{index}",
             shape=np.array([100, 100, 50]),
             spacing=np.array([1.0, 1.0, 2.0]),
+            axes=np.arange(3),
             orientation="RAS",
             nonzero=np.array([100, 100, 50]),
             lowest=np.array([-1000.0 if modality == "CT" else 0.0]),

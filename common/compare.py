@@ -297,8 +297,6 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def main(options: argparse.Namespace) -> int:
     """Train, evaluate, write table, tests and picture; returns 1 when a run failed."""
     data, output = options.data.resolve(), options.output.resolve()
-    if options.jobs < 1:
-        raise BadInput(f"--jobs {options.jobs}: expected a number of runs at a time, at least 1.")
     lists = [name for name in (options.datalist, options.upper_bound) if name is not None]
     for name in lists:
         load_section(read_datalist(data / name), "training")

@@ -257,7 +257,12 @@ class Study:
         Args:
             only: names of runs.
             jobs: how many at a time, each on its own share of the cores; a run waits for those it starts from.
+
+        Raises:
+            BadInput: if ``jobs`` is not at least 1.
         """
+        if jobs < 1:
+            raise BadInput(f"--jobs {jobs}: expected a number of runs at a time, at least 1.")
         failures: list[str] = []
         self.write_plan()  # once, before several runs at a time ask for it
         waiting = [(run, seed) for seed in self.seeds for run in self.runs.values() if only is None or run.name in only]
@@ -362,8 +367,6 @@ def main(options: argparse.Namespace) -> int:
     unknown = set(only or ()) - set(study.runs)
     if unknown:
         raise BadInput(f"--only: the study has no run {', '.join(sorted(unknown))}; it has {', '.join(study.runs)}.")
-    if options.jobs < 1:
-        raise BadInput(f"--jobs {options.jobs}: expected a number of runs at a time, at least 1.")
     failures = study.run_all(only, options.jobs)
     text = markdown(study)
     write_atomically(study.output / "results.md", text + "\n")

@@ -30,16 +30,18 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
         own = list(records[0]["labels"])
         if len(own) == len(names):  # the means of a network of one organ alone compare with no other's
             row["dice"] = [summary["mean_dice"] for summary in records]
-            hd95 = [[s["labels"][name]["hd95"]["mean"] for name in names] for s in records]
-            row["hd95"] = [statistics.fmean(values) if None not in values else math.nan for values in hd95]
+            hd95 = [[_figure(s["labels"][name]["hd95"]["mean"]) for name in names] for s in records]
+            row["hd95"] = [statistics.fmean(values) for values in hd95]
         for name in own:
             row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
+            row[f"hd95/{name}"] = [_figure(summary["labels"][name]["hd95"]["mean"]) for summary in records]
         row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in own))
         row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
         rows.append(row)
     columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]
     columns += [{"key": f"dice/{name}", "title": f"Dice {name}", "better": "higher", "digits": 3} for name in names]
     columns.append({"key": "hd95", "title": "mean HD95 [mm]", "better": "lower", "digits": 2})
+    columns += [{"key": f"hd95/{name}", "title": f"HD95 {name} [mm]", "better": "lower", "digits": 2} for name in names]
     columns.append({"key": "failed", "title": "failed", "better": None, "digits": 0})
     columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
     return columns, rows

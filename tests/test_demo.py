@@ -78,7 +78,7 @@ def test_report_has_the_tables_of_what_was_run(tmp_path: Path) -> None:
 def options(tmp_path: Path, **content: object) -> argparse.Namespace:
     (tmp_path / "datalist.json").write_text(json.dumps({"training": [ENTRY], **content}))
     study = ROOT / "studies" / "demo.json"
-    return argparse.Namespace(data=tmp_path, output=tmp_path / "out", seed=0, study=study, device=None)
+    return argparse.Namespace(data=tmp_path, output=tmp_path / "out", seed=0, study=study, device=None, jobs=None)
 
 
 @pytest.fixture
@@ -131,3 +131,19 @@ def test_a_demonstration_without_failures(tmp_path, monkeypatch, capsys, planned
 def test_data_without_validation(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="validation"):
         demo.main(options(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "cores", "jobs", "expected"),
+    [
+        (None, False, 2, None, 2),
+        (None, False, 1, None, 1),
+        (None, True, 8, None, 1),
+        ("cpu", True, 8, None, 2),
+        (None, False, 2, 3, 3),
+    ],
+)
+def test_two_runs_at_a_time_where_cores_would_idle(monkeypatch, device, gpu, cores, jobs, expected) -> None:
+    monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: cores)
+    assert demo._jobs(argparse.Namespace(device=device, jobs=jobs)) == expected

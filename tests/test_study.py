@@ -27,7 +27,10 @@ DESCRIPTION = {
         "geometric": {"bundle": "dual_decoder", "student": "student", "overlays": ["ablations/geometric.json"]},
     },
 }
-LABELS = {name: {"dice": {"mean": dice}, "hd95": {"mean": 2.0}, "failed": 0} for name, dice in (("a", 0.8), ("b", 0.6))}
+LABELS = {
+    name: {"dice": {"mean": dice}, "hd95": {"mean": hd95}, "failed": 0}
+    for name, dice, hd95 in (("a", 0.8, 1.0), ("b", 0.6, 3.0))
+}
 FIGURES = {"mae": 1.0, "rmse": 2.0, "r2": None}
 SUMMARY = {
     "labels": LABELS,
@@ -167,6 +170,7 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     assert rows[0]["name"] == "supervised"
     assert rows[0]["dice"] == [0.7, 0.7]
     assert rows[0]["hd95"] == [2.0, 2.0]
+    assert [rows[0][f"hd95/{name}"] for name in "ab"] == [[1.0, 1.0], [3.0, 3.0]]
     assert dense_targets(study) == ["thickness"]
     _, rows = regression_table(study, "thickness")
     assert rows[0]["voxels/mae"] == [1.0, 1.0]
@@ -185,9 +189,9 @@ def test_a_network_of_one_organ_fills_its_own_column(tmp_path: Path) -> None:
     columns, rows = segmentation_table(study)
     assert [column["key"] for column in columns[:3]] == ["dice", "dice/a", "dice/b"]
     assert [sorted(key for key in row if key.startswith(("dice", "hd95"))) for row in rows] == [
-        ["dice/a"],
-        ["dice/b"],
-        ["dice", "dice/a", "dice/b", "hd95"],
+        ["dice/a", "hd95/a"],
+        ["dice/b", "hd95/b"],
+        ["dice", "dice/a", "dice/b", "hd95", "hd95/a", "hd95/b"],
     ]
 
 

@@ -18,17 +18,14 @@ from .files import write_atomically
 from .handlers.evaluation import CONVENTIONS, _to_json
 from .handlers.tracking import _quiet_migrations
 from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
-from .networks import read_weights
 from .report import markdown_table
 from .significance import holm, paired_test
 from .study import Run, Study
-from .tables import machine
+from .tables import deployed_parameters, machine
 
-__all__ = ["Comparison", "case_dice", "deployed_parameters", "trained_parameters"]
+__all__ = ["Comparison", "case_dice", "trained_parameters"]
 
 _MEASURES = (*OVERLAP_METRICS, *DISTANCE_METRICS)
-#: ends of the names of buffers: what a network knows without having learnt it by gradients
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "temperature")
 _TABLE = [
     {"key": "labelled", "title": "labelled", "better": None, "digits": 0},
     {"key": "unlabelled", "title": "unlabelled", "better": None, "digits": 0},
@@ -49,11 +46,6 @@ _TESTS = [
     {"key": "wilcoxon", "title": "Wilcoxon p", "better": None},
     {"key": "wilcoxon_holm", "title": "Holm", "better": None},
 ]
-
-
-def deployed_parameters(path: Path) -> int:
-    """Parameters in a ``model.pt``: what inference needs, without buffers."""
-    return sum(t.numel() for name, t in read_weights(path).items() if not name.endswith(_BUFFERS))
 
 
 def trained_parameters(path: Path) -> int | None:

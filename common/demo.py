@@ -18,7 +18,7 @@ from .errors import BadInput
 from .planning import IMAGE_SUFFIXES, NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
-from .tables import dense_targets, machine, markdown, regression_table, segmentation_table
+from .tables import cost_table, dense_targets, machine, markdown, regression_table, segmentation_table
 
 __all__ = ["add_arguments", "main"]
 
@@ -110,6 +110,9 @@ def _report(study: Study, data: Path, failures: Sequence[str] = ()) -> Path:
             "measurement in the predicted mask can be judged by."
         )
         tables.append({"title": f"Regression: {target}", "note": note, "columns": columns, "rows": rows})
+    columns, rows = cost_table(study)
+    if rows:
+        tables.append({"title": "Cost", "note": "Start-up included.", "columns": columns, "rows": rows})
     pictures = []
     for name in (name for name in _SHOWN if name in study.runs):
         folder = study.folder(study.runs[name], seed)

@@ -131,10 +131,11 @@ class Study:
         """Where a run's files go."""
         return self.output / run.name / f"seed{seed}"
 
-    def _model(self, name: str, seed: int) -> Path:
+    def model(self, name: str, seed: int) -> Path:
+        """The weights that a run deploys: its own, or its parent's where it trains nothing."""
         run = self.runs[name]
         if run.epochs == 0:
-            return self._model(run.student or run.teacher, seed)
+            return self.model(run.student or run.teacher, seed)
         return self.folder(run, seed) / "models" / "model.pt"
 
     def write_plan(self) -> list[str]:
@@ -168,9 +169,9 @@ class Study:
         settings = {**self.description.get("set", {}), **run.set, **own}
         for parent, key in _PARENTS.items():
             if getattr(run, parent) is not None:
-                settings[key] = str(self._model(getattr(run, parent), seed))
+                settings[key] = str(self.model(getattr(run, parent), seed))
         if run.teachers:
-            settings["teacher_paths"] = {name: str(self._model(of, seed)) for name, of in run.teachers.items()}
+            settings["teacher_paths"] = {name: str(self.model(of, seed)) for name, of in run.teachers.items()}
         trained = folder / "models"
         commands = []
         if run.epochs > 0:
@@ -180,7 +181,7 @@ class Study:
                 self._command(files, {**settings, "output_dir": str(folder / "train"), "ckpt_dir": str(trained)})
             )
         else:
-            trained = self._model(run.name, seed).parent
+            trained = self.model(run.name, seed).parent
         files = [str(configs / "train.json"), str(configs / "evaluate.json"), *overlays]
         settings.update(self.description.get("evaluate", {}))
         test = {**settings, "output_dir": str(folder / "test"), "ckpt_dir": str(trained)}

@@ -11,12 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .networks import read_weights
 from .report import markdown_table
 
 if TYPE_CHECKING:
     from .study import Study
 
-__all__ = ["dense_targets", "gap_table", "machine", "markdown", "regression_table", "segmentation_table"]
+__all__ = [
+    "cost_table",
+    "dense_targets",
+    "deployed_parameters",
+    "gap_table",
+    "machine",
+    "markdown",
+    "regression_table",
+    "segmentation_table",
+]
+
+#: ends of the names of buffers: what a network knows without having learnt it by gradients
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "temperature")
 
 
 def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -36,14 +49,12 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
             row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
             row[f"hd95/{name}"] = [_figure(summary["labels"][name]["hd95"]["mean"]) for summary in records]
         row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in own))
-        row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
         rows.append(row)
     columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]
     columns += [{"key": f"dice/{name}", "title": f"Dice {name}", "better": "higher", "digits": 3} for name in names]
     columns.append({"key": "hd95", "title": "mean HD95 [mm]", "better": "lower", "digits": 2})
     columns += [{"key": f"hd95/{name}", "title": f"HD95 {name} [mm]", "better": "lower", "digits": 2} for name in names]
     columns.append({"key": "failed", "title": "failed", "better": None, "digits": 0})
-    columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
     return columns, rows
 
 
@@ -66,7 +77,6 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
         if all("covered" in s for s in summaries):
             row["coverage"] = [_figure(s["coverage"]["mean"]) for s in summaries]
             row["covered/mae"] = [_figure(s["covered"]["voxels"]["mae"]) for s in summaries]
-        row["minutes"] = [r["train_seconds"] / 60 for r in study.records(run)]
         rows.append(row)
     columns = [
         {
@@ -82,8 +92,34 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
     columns.append(
         {"key": "covered/mae", "title": "MAE there" + f" [{unit}]" * bool(unit), "better": None, "digits": 3}
     )
-    columns.append({"key": "minutes", "title": "training [min]", "better": None, "digits": 1})
     return columns, rows
+
+
+def cost_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What each run cost, its start included, and how large the network is that it deploys."""
+    rows = []
+    for run in study.runs.values():
+        records = study.records_by_seed(run)
+        if not records:
+            continue
+        row: dict[str, Any] = {"name": run.title or run.name}
+        row["minutes"] = [record["train_seconds"] / 60 for record in records.values()]
+        row["seconds"] = [record["test_seconds"] for record in records.values()]
+        models = [model for seed in records if (model := study.model(run.name, seed)).exists()]
+        if models:
+            row["parameters"] = deployed_parameters(models[0]) / 1e6
+        rows.append(row)
+    columns = [
+        {"key": "minutes", "title": "training [min]", "better": None, "digits": 1},
+        {"key": "seconds", "title": "evaluation [s]", "better": None, "digits": 0},
+        {"key": "parameters", "title": "parameters [M]", "better": None, "digits": 2},
+    ]
+    return columns, rows
+
+
+def deployed_parameters(path: Path) -> int:
+    """Parameters in a ``model.pt``: what inference needs, without buffers."""
+    return sum(t.numel() for name, t in read_weights(path).items() if not name.endswith(_BUFFERS))
 
 
 def _figure(value: float | None) -> float:
@@ -145,6 +181,9 @@ def markdown(study: Study) -> str:
     columns, rows = gap_table(study)
     if rows:
         lines += ["### Share of the gap that is closed", "", markdown_table(columns, rows), ""]
+    columns, rows = cost_table(study)
+    if rows:
+        lines += ["### Cost", "", markdown_table(columns, rows), ""]
     return "\n".join(lines)
 
 

@@ -16,11 +16,12 @@ from mlflow import MlflowClient
 
 from common import study as study_module
 from common.compare import add_arguments, choose_recipes, describe, main, read_recipes
-from common.comparison import Comparison, case_dice, deployed_parameters, trained_parameters
+from common.comparison import Comparison, case_dice, trained_parameters
 from common.comparison_picture import _slices, _window
 from common.errors import BadInput
 from common.report import NOTHING
 from common.study import ROOT
+from common.tables import deployed_parameters
 
 CASES = ("a", "b", "c", "d")
 PATIENTS = {"a": "p", "b": "p", "c": "q", "d": "r"}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common import study as module
 from common.errors import BadInput
 from common.study import Study, main, read_study
-from common.tables import dense_targets, gap_table, markdown, regression_table, segmentation_table
+from common.tables import cost_table, dense_targets, gap_table, markdown, regression_table, segmentation_table
 
 DESCRIPTION = {
     "title": "A study",
@@ -175,6 +176,26 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     _, rows = regression_table(study, "thickness")
     assert rows[0]["voxels/mae"] == [1.0, 1.0]
     assert "supervised" in markdown(study)
+
+
+def test_what_each_run_cost(tmp_path: Path) -> None:
+    runs = {"a": {"bundle": "student", "epochs": 1}, "b": {"bundle": "dual_decoder", "student": "a"}}
+    study = Study({"runs": {**runs, "c": {"bundle": "teacher", "epochs": 1}}}, tmp_path, tmp_path, [0, 1])
+    for name, seeds in (("a", (0, 1)), ("b", (1,))):
+        for seed in seeds:
+            folder = study.folder(study.runs[name], seed)
+            folder.mkdir(parents=True)
+            record = {"train_seconds": 60.0 * (seed + 1), "test_seconds": 5.0, "summary": {"labels": {}, "targets": {}}}
+            (folder / "record.json").write_text(json.dumps(record))
+    (tmp_path / "a" / "seed1" / "models").mkdir()
+    weights = {"w": torch.zeros(1000, 10), "n.running_mean": torch.zeros(9)}
+    torch.save({"model": weights}, tmp_path / "a" / "seed1" / "models" / "model.pt")
+    _, rows = cost_table(study)
+    assert rows == [
+        {"name": "a", "minutes": [1.0, 2.0], "seconds": [5.0, 5.0], "parameters": 0.01},
+        {"name": "b", "minutes": [2.0], "seconds": [5.0], "parameters": 0.01},
+    ], "b trains nothing and deploys a's weights; c is not done"
+    assert "### Cost" in markdown(study)
 
 
 def test_a_network_of_one_organ_fills_its_own_column(tmp_path: Path) -> None:

@@ -255,7 +255,11 @@ def test_share_of_the_gap_is_that_of_the_means(tmp_path: Path) -> None:
         for seed, value in enumerate(dice):
             folder = study.folder(study.runs[name], seed)
             folder.mkdir(parents=True)
-            record = {"train_seconds": 1, "summary": {"mean_dice": value, "labels": {}, "targets": {}}}
+            record = {
+                "train_seconds": 1,
+                "test_seconds": 1,
+                "summary": {"mean_dice": value, "labels": {}, "targets": {}},
+            }
             (folder / "record.json").write_text(json.dumps(record))
     _, (row,) = gap_table(study)
     assert row["gap"] == pytest.approx(0.10)

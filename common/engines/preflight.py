@@ -15,6 +15,7 @@ from ..data.datalist import check_cases, check_labels, check_output, read_datali
 from ..errors import BadInput, report_plainly
 from ..targets import check_targets
 from .allocator import keep_pages
+from .occupancy import occupy
 
 __all__ = ["check_evaluation", "preflight", "start"]
 
@@ -67,8 +68,8 @@ def preflight(
             when MONAI Label gives the entries.
         labels: names of the classes by id, background as ``"0"``.
         channels: number of the image's channels.
-        output_dir: must be writable.
-        ckpt_dir: must be writable.
+        output_dir: must be writable, and no other training may be writing there.
+        ckpt_dir: likewise.
         unlabeled: entries without labels.
         targets: regression targets.
         divisor: what every side of the patch must be divisible by.
@@ -78,7 +79,7 @@ def preflight(
         BadInput: with everything that was found.
     """
     for folder in (output_dir, ckpt_dir):
-        check_output(folder)
+        occupy(check_output(folder))
     if not training:
         raise BadInput("the section 'training' is empty; at least one labelled case is needed.")
     check_targets(targets, labels)

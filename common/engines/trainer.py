@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import BadInput
 from ..methods.base import Method
+from .occupancy import leave
 from .precision import precision
 
 __all__ = ["SemiSupervisedTrainer"]
@@ -98,7 +99,10 @@ class SemiSupervisedTrainer(Trainer):
 
     def run(self) -> None:
         """Train until ``max_epochs``; a finished or resumed state is continued, not started over."""
-        Workflow.run(self)
+        try:
+            Workflow.run(self)
+        finally:
+            leave()
 
     def _begin_epoch(self) -> None:
         self._sums.clear()

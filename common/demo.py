@@ -18,7 +18,7 @@ from .errors import BadInput
 from .planning import IMAGE_SUFFIXES, NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
-from .tables import cost_table, dense_targets, machine, markdown, regression_table, segmentation_table
+from .tables import cost_table, machine, markdown, measured_targets, regression_table, segmentation_table
 
 __all__ = ["add_arguments", "main"]
 
@@ -103,7 +103,7 @@ def _report(study: Study, data: Path, failures: Sequence[str] = ()) -> Path:
     if rows:
         note = "Dice and 95th percentile of the surface distance on the validation cases, which chose nothing."
         tables.append({"title": "Segmentation", "note": note, "columns": columns, "rows": rows})
-    for target in dense_targets(study):
+    for target in measured_targets(study):
         columns, rows = regression_table(study, target)
         note = (
             "Error inside the reference structure; 'covered' where the prediction has a value, which is all that a "

@@ -230,11 +230,15 @@ class Study:
                     tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
                     raise BadInput(f"run {run.name}, seed {seed} failed; see {folder / 'log.txt'}: " + " | ".join(tail))
         summary = json.loads((folder / "test" / "summary.json").read_text())
-        content = {"identity": identity, "train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1]}
+        content = {"identity": identity, "commit": _commit(), "train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1]}
         write_atomically(folder / "record.json", json.dumps({**content, "summary": summary}, indent=2))
 
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
-        """Fingerprint of all that decides a run's result but for the code: another one must be run again."""
+        """Fingerprint of a run's options and datalist: with another one it must be run again.
+
+        The code and the images are not in it, so that a study can be continued after a correction elsewhere. What a
+        run was made with is in its record.
+        """
         text = json.dumps([command[1:] for command in commands])
         for place in (self.output, self.data, ROOT):  # results stay true when their folder moves
             text = text.replace(str(place), "")
@@ -305,6 +309,17 @@ class Study:
     def records(self, run: Run) -> list[dict[str, Any]]:
         """What is known of a run, a dict a seed that is done."""
         return list(self.records_by_seed(run).values())
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with ``+`` behind it where files differ from it; None outside of a repository."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(changed.strip())
 
 
 def _shares(jobs: int) -> list[list[int] | None]:

@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cost_table",
-    "dense_targets",
     "deployed_parameters",
     "gap_table",
     "machine",
     "markdown",
+    "measured_targets",
     "regression_table",
     "segmentation_table",
 ]
 
+#: what a target's error is taken over, and how its columns begin
+_GROUPS = {"cases": "", "voxels": "", "case_means": "case means: "}
 #: ends of the names of buffers: what a network knows without having learnt it by gradients
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "temperature")
 
@@ -59,19 +61,20 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """MAE, RMSE and R2 of a dense target inside the reference, all voxels and the case means.
+    """MAE, RMSE and R2 of a target: of a number a case, or inside the reference, of all voxels and of the case means.
 
-    The last columns tell how much of the reference the predicted segmentation covers (or, for a measurement in it, how
-    much of it has one), and the MAE there.
+    The last columns of a dense target tell how much of the reference the predicted segmentation covers (or, for a
+    measurement in it, how much of it has one), and the MAE there.
     """
-    rows, unit = [], ""
+    rows, unit, groups = [], "", {}
     for run in study.runs.values():
         summaries = [r["summary"]["targets"].get(target) for r in study.records(run)]
         if not summaries or None in summaries:
             continue
         unit = summaries[0]["unit"]
         row: dict[str, Any] = {"name": run.title or run.name}
-        for group in ("voxels", "case_means"):
+        for group in (name for name in _GROUPS if all(name in s for s in summaries)):
+            groups[group] = _GROUPS[group]
             for measure in ("mae", "rmse", "r2"):
                 row[f"{group}/{measure}"] = [_figure(s[group][measure]) for s in summaries]
         if all("covered" in s for s in summaries):
@@ -85,13 +88,14 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
             "better": "higher" if measure == "r2" else "lower",
             "digits": 3,
         }
-        for group, text in (("voxels", ""), ("case_means", "case means: "))
+        for group, text in groups.items()
         for measure in ("mae", "rmse", "r2")
     ]
-    columns.append({"key": "coverage", "title": "covered", "better": None, "digits": 2})
-    columns.append(
-        {"key": "covered/mae", "title": "MAE there" + f" [{unit}]" * bool(unit), "better": None, "digits": 3}
-    )
+    if any("coverage" in row for row in rows):
+        columns.append({"key": "coverage", "title": "covered", "better": None, "digits": 2})
+        columns.append(
+            {"key": "covered/mae", "title": "MAE there" + f" [{unit}]" * bool(unit), "better": None, "digits": 3}
+        )
     return columns, rows
 
 
@@ -155,13 +159,13 @@ def gap_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return columns, rows
 
 
-def dense_targets(study: Study) -> list[str]:
-    """Names of the dense targets that any run measured."""
+def measured_targets(study: Study) -> list[str]:
+    """Names of the targets that any run measured."""
     found: dict[str, None] = {}
     for run in study.runs.values():
         for record in study.records(run):
             found.update(
-                dict.fromkeys(name for name, value in record["summary"]["targets"].items() if "voxels" in value)
+                dict.fromkeys(name for name, value in record["summary"]["targets"].items() if _GROUPS.keys() & value)
             )
     return list(found)
 
@@ -175,7 +179,7 @@ def markdown(study: Study) -> str:
     columns, rows = segmentation_table(study)
     if rows:
         lines += [markdown_table(columns, rows), ""]
-    for target in dense_targets(study):
+    for target in measured_targets(study):
         columns, rows = regression_table(study, target)
         lines += [f"### {target}", "", markdown_table(columns, rows), ""]
     columns, rows = gap_table(study)

@@ -17,7 +17,7 @@ import torch
 from common import study as module
 from common.errors import BadInput
 from common.study import Study, main, read_study
-from common.tables import cost_table, dense_targets, gap_table, markdown, regression_table, segmentation_table
+from common.tables import cost_table, gap_table, markdown, measured_targets, regression_table, segmentation_table
 
 DESCRIPTION = {
     "title": "A study",
@@ -172,10 +172,24 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     assert rows[0]["dice"] == [0.7, 0.7]
     assert rows[0]["hd95"] == [2.0, 2.0]
     assert [rows[0][f"hd95/{name}"] for name in "ab"] == [[1.0, 1.0], [3.0, 3.0]]
-    assert dense_targets(study) == ["thickness"]
+    assert measured_targets(study) == ["thickness"]
     _, rows = regression_table(study, "thickness")
     assert rows[0]["voxels/mae"] == [1.0, 1.0]
     assert "supervised" in markdown(study)
+
+
+def test_numbers_a_case_have_a_table_too(tmp_path: Path) -> None:
+    study = Study({"runs": {"a": {"bundle": "dual_decoder", "epochs": 1}}}, tmp_path, tmp_path)
+    targets = {"volume": {"unit": "mL", "cases": {"mae": 2.0, "rmse": 3.0, "r2": 0.5, "n": 6}}}
+    folder = study.folder(study.runs["a"], 0)
+    folder.mkdir(parents=True)
+    record = {"train_seconds": 1, "test_seconds": 1, "summary": {"labels": {}, "targets": targets}}
+    (folder / "record.json").write_text(json.dumps(record))
+    assert measured_targets(study) == ["volume"]
+    columns, rows = regression_table(study, "volume")
+    assert [column["title"] for column in columns] == ["MAE [mL]", "RMSE [mL]", "R2"]
+    assert rows == [{"name": "a", "cases/mae": [2.0], "cases/rmse": [3.0], "cases/r2": [0.5]}]
+    assert "### volume" in markdown(study)
 
 
 def test_what_each_run_cost(tmp_path: Path) -> None:

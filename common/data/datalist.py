@@ -619,8 +619,8 @@ def _case_problems(
     return problems
 
 
-def check_output(folder: str | os.PathLike) -> Path:
-    """Create an output folder and prove that it can be written.
+def check_output(folder: str | os.PathLike, key: str = "output_dir") -> Path:
+    """Create an output folder, which the config calls ``key``, and prove that it can be written.
 
     Raises:
         BadInput: it can't be created or written.
@@ -632,6 +632,6 @@ def check_output(folder: str | os.PathLike) -> Path:
             pass
     except OSError as error:
         raise BadInput(
-            f"output folder {path} can't be written ({error.strerror}); set `output_dir` to one that can"
+            f"output folder {path} can't be written ({error.strerror}); set `{key}` to one that can"
         ) from error
     return path

@@ -4,28 +4,72 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from typing import Any
 
 from monai.bundle import ConfigParser
 
-__all__ = ["running_config"]
+from ..errors import BadInput
+
+__all__ = ["read_json_words", "running_config"]
+
+_JSON_WORDS = {"null": None, "true": True, "false": False}
+
+
+def _running_parser() -> ConfigParser | None:
+    """The parser that is instantiating the caller, from the call stack: MONAI hands it to no component."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, ConfigParser):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def read_json_words() -> None:
+    """Make of the texts ``null``, ``true`` and ``false`` in the running config what they say in JSON.
+
+    MONAI's command line hands these words on as texts, and the text ``"false"`` counts as true in Python. Called before
+    anything else of the config is made.
+
+    Raises:
+        BadInput: the command line gives an option the value ``None``, which MONAI drops as if it had not been given.
+    """
+    for name, value in zip(sys.argv, sys.argv[1:], strict=False):
+        if name.startswith("--") and value == "None":
+            raise BadInput(
+                f"{name} None: MONAI leaves such an option out, and the config's own value stays; write null."
+            )
+    parser = _running_parser()
+    if parser is None:
+        return
+    parser.config = _with_words_read(parser.config)
+    for item in parser.ref_resolver.items.values():
+        item.update_config(_with_words_read(item.get_config()))
+
+
+def _with_words_read(config: Any) -> Any:
+    """The same objects, changed in place where they hold such a word."""
+    if isinstance(config, str):
+        return _JSON_WORDS.get(config, config)
+    if isinstance(config, (dict, list)):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            config[key] = _with_words_read(value)
+    return config
 
 
 def running_config() -> dict[str, Any]:
     """The merged config (files, overlays and command-line overrides) of the bundle that is calling.
 
     MONAI gives a config's components no way to see the config they come from, while a record of a run is worth little
-    without it. The parser that is instantiating the caller is on the call stack, so it is taken from there. Writing the
-    result to a file gives a config that ``python -m monai.bundle run --config_file`` runs again.
+    without it. Written to a file it is a config that ``python -m monai.bundle run --config_file`` runs again.
 
     Returns:
         The config with ``@`` references and ``$`` expressions as written; empty outside a bundle run.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, ConfigParser):
-            config = {key: value for key, value in owner.get().items() if key != "_meta_"}
-            return json.loads(json.dumps(config, default=str))
-        frame = frame.f_back
-    return {}
+    parser = _running_parser()
+    if parser is None:
+        return {}
+    config = {key: value for key, value in parser.get().items() if key != "_meta_"}
+    return json.loads(json.dumps(config, default=str))

@@ -128,12 +128,35 @@ def load_weights(network: nn.Module, model_path: str | Path) -> None:
     hand_over(network, model_path, source="trained weights")
 
 
-def start_from(network: nn.Module, model_path: str | Path, source: str, parts: Sequence[str] | None = None) -> None:
+def start_from(
+    network: nn.Module,
+    model_path: str | Path | None,
+    source: str,
+    parts: Sequence[str] | None = None,
+    locked: Sequence[str] | None = None,
+) -> None:
     """Load an earlier stage's weights to train on from, or those of its ``parts``; see :func:`hand_over`.
 
+    Args:
+        network: what to load them into.
+        model_path: the file; may be null where ``locked`` is given, and training starts from random weights then.
+        source: what the weights are, for errors.
+        parts: first components of the names to load; None for all.
+        locked: what will never be trained.
+
     Raises:
-        BadInput: they don't fit the network, or were trained for other classes, channels, voxels or intensities.
+        BadInput: they don't fit the network, or were trained for other classes, channels, voxels or intensities; or
+            there are none, and ``locked`` parts would stay random for good.
     """
+    if not model_path:
+        if locked is None:
+            raise BadInput(f"{source}: none are given, so there is nothing to start from.")
+        if locked:
+            raise BadInput(
+                f"locked: {list(locked)} would keep random weights for good, since no {source} are given. Name the "
+                "weights, or set locked to []."
+            )
+        return
     _check_origin(model_path, source)
     hand_over(network, model_path, parts, source)
 

@@ -15,6 +15,7 @@ from ..data.datalist import check_cases, check_labels, check_output, read_datali
 from ..errors import BadInput, report_plainly
 from ..targets import check_targets
 from .allocator import keep_pages
+from .configuration import read_json_words
 from .occupancy import occupy
 
 __all__ = ["check_evaluation", "preflight", "start"]
@@ -23,16 +24,17 @@ logger = logging.getLogger(__name__)
 
 
 def start(seed: int | None, device: str | torch.device | None = None) -> None:
-    """Settle the process: plain error messages, random state, allocator, no noise in the log.
+    """Settle the process: plain errors, the command line's null, true and false, random state, allocator, a quiet log.
 
     Args:
         seed: base of all random states; None leaves them as they are.
         device: the device of the run; the allocator is only tuned for a CPU.
 
     Raises:
-        BadInput: ``device`` names a GPU where none can be used.
+        BadInput: ``device`` names a GPU where none can be used, or an option was given as ``None``.
     """
     report_plainly()
+    read_json_words()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", message=".*TF32.*|.*lr_scheduler.step.*|.*torch.jit.*|.*nvImageCodec.*")
@@ -78,8 +80,7 @@ def preflight(
     Raises:
         BadInput: with everything that was found.
     """
-    for folder in (output_dir, ckpt_dir):
-        occupy(check_output(folder))
+    folders = [check_output(output_dir, "output_dir"), check_output(ckpt_dir, "ckpt_dir")]
     if not training:
         raise BadInput("the section 'training' is empty; at least one labelled case is needed.")
     check_targets(targets, labels)
@@ -98,6 +99,8 @@ def preflight(
                 f"{list(divisor)}. Choose another patch_size, or other strides."
             )
     check_cases([*training, *unlabeled], labels, channels, targets, patch_size, validation)
+    for folder in folders:
+        occupy(folder)
     logger.info(
         "%d labelled, %d unlabelled, %d validation cases; classes: %s; results in %s, weights in %s",
         *map(len, (training, unlabeled, validation)),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from ignite.engine import Engine, Events
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from monai.handlers import MLFlowHandler
+from sqlalchemy.exc import SQLAlchemyError
 
 from .. import __version__
 from ..engines.configuration import running_config
 from ..engines.origin import read_record, trained_settings
+from ..errors import BadInput
 from ..files import write_atomically
 from ..networks import read_weights, state_digest
 
@@ -51,6 +54,24 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     return record or {"weights": weights_digest(model_path)}
 
 
+def _plainly(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of :class:`_Run` whose failure says which store can't be written rather than how."""
+
+    @functools.wraps(method)
+    def call(self: _Run, *arguments: Any, **named: Any) -> None:
+        try:
+            method(self, *arguments, **named)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            place = re.sub(r"//[^/@]*@", "//", self.uri).removeprefix(_SQLITE)  # without a password
+            reason = str(error).strip().splitlines()[0][:200]
+            raise BadInput(
+                f"{place}: MLflow can't record the run there ({reason}). Free some space, or choose another output_dir "
+                "or tracking_uri."
+            ) from error
+
+    return call
+
+
 class _Run(MLFlowHandler):
     """One MLflow run of MONAI's handler, with the config as its parameters; only the first process writes."""
 
@@ -65,14 +86,22 @@ class _Run(MLFlowHandler):
             return  # a client makes its database at once, which only one process may do
         _report_nothing()
         _quiet_migrations(self.uri)
+        self._connect(run_name)
+
+    @_plainly
+    def _connect(self, run_name: str | None) -> None:
         super().__init__(
             tracking_uri=self.uri,
             iteration_log=False,
-            experiment_name=stage,
+            experiment_name=self.stage,
             run_name=run_name,
             experiment_param=self._parameters(),
             close_on_complete=False,
         )
+
+    @_plainly
+    def _log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        super()._log_metrics(metrics, step)
 
     def _parameters(self) -> dict[str, str]:
         values = dict(_leaves(self.config, self.config))
@@ -91,6 +120,7 @@ class _Run(MLFlowHandler):
         super().attach(engine)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
+    @_plainly
     def start(self, engine: Engine) -> None:
         """Open a run and log what is known before it."""
         self._set_experiment()
@@ -176,6 +206,7 @@ class Tracking(_Run):
             logger.warning("The run that is resumed is not found (%s): MLflow gets a new one", error)
             return None
 
+    @_plainly
     def start(self, engine: Engine) -> None:
         """Open a run, or that which is resumed, and log what is known before training."""
         super().start(engine)
@@ -188,6 +219,7 @@ class Tracking(_Run):
             write_atomically(path, json.dumps(self.config, indent=2))
             self.client.log_artifact(run_id, str(path))
 
+    @_plainly
     def complete(self, engine: Engine) -> None:
         """Log the weights' digest and the pictures, and write the record beside the weights."""
         run_id = self.cur_run.info.run_id
@@ -222,6 +254,7 @@ class EvaluationTracking(_Run):
             tracking_uri = known
         super().__init__(stage, output_dir, tracking_uri, "evaluation")
 
+    @_plainly
     def start(self, engine: Engine) -> None:
         """Open the run and log what is evaluated."""
         super().start(engine)
@@ -236,6 +269,7 @@ class EvaluationTracking(_Run):
         super()._fail(engine, error)
         raise error  # which an engine that somebody listens to does not
 
+    @_plainly
     def complete(self, engine: Engine) -> None:
         """Log the figures and files."""
         run_id = self.cur_run.info.run_id

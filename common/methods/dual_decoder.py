@@ -46,7 +46,7 @@ class DualDecoder(Method):
 
     Raises:
         BadInput: when no target is given, ``reference`` without ``alignment``, or a heteroscedastic loss with a target
-            of one number a case.
+            of one number a case or with ``learn_weights``.
     """
 
     frozen = ("reference",)
@@ -74,6 +74,11 @@ class DualDecoder(Method):
             raise BadInput(
                 f"targets: {numbers} are numbers a case, and the variance of a sum or mean over voxels is not in the "
                 "network's map of variances. Use another kind of regression_loss than 'heteroscedastic' with them."
+            )
+        if learn_weights and regression_loss is not None and regression_loss.kind == "heteroscedastic":
+            raise BadInput(
+                "learn_weights is on, but a heteroscedastic regression_loss falls below 0, where no weight is best. "
+                "Use another kind of loss, or set learn_weights to false and choose regression_weight."
             )
         if reference is not None and alignment is None:
             raise BadInput("reference is given, so alignment must say how features are compared with it.")
@@ -103,12 +108,13 @@ class DualDecoder(Method):
         if self._reads_crops:
             features, logits, regression = self.network.forward_all(labeled["image"])
         terms: dict[str, Tensor] = {}
-        regressions = []
+        regressions, known = [], []
         for index, target in enumerate(self.targets):
             if is_dense(target):
-                loss = self._dense(index, target, regression, labeled)
+                loss, mask = self._dense(index, target, regression, labeled)
             else:
-                loss = self._case(index, target, batch)
+                loss, mask = self._case(index, target, batch)
+            known.append(mask.any())
             terms[f"regression/{target['name']}"] = loss
             regressions.append(loss)
         terms["regression"] = torch.stack(regressions).mean()
@@ -117,8 +123,8 @@ class DualDecoder(Method):
             terms["segmentation"] = self.supervise(logits, labeled)
             if self.weighting is not None:
                 # Without a value in the batch the regression says nothing, and must not move its weight.
-                losses = {name: terms[name] for name in ("segmentation", "regression")}
-                loss = self.weighting({name: value for name, value in losses.items() if float(value.detach()) > 0})
+                names = ("segmentation", "regression") if any(known) else ("segmentation",)
+                loss = self.weighting({name: terms[name] for name in names})
             else:
                 loss = loss + self.segmentation_weight * terms["segmentation"]
         if self.reference is not None and self.alignment is not None:
@@ -130,17 +136,21 @@ class DualDecoder(Method):
 
     def _dense(
         self, index: int, target: Mapping[str, Any], regression: Tensor, labeled: Mapping[str, Tensor]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The error of a dense target, and where it has one."""
         truth = labeled[target["name"]]
         scale = float(target.get("scale", 1.0))
         mask = target_mask(truth, target.get("missing", 0), labeled["label"], target.get("structure"))
         log_variance = None
         if regression.shape[1] > len(self.targets):
             log_variance = regression[:, len(self.targets) + index].unsqueeze(1) - 2 * math.log(scale)
-        return self.regression_loss(regression[:, index : index + 1] / scale, truth / scale, mask, log_variance)
+        loss = self.regression_loss(regression[:, index : index + 1] / scale, truth / scale, mask, log_variance)
+        return loss, mask
 
-    def _case(self, index: int, target: Mapping[str, Any], batch: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-        """The error of a case-level number, from whole volumes read window by window as inference reads them.
+    def _case(
+        self, index: int, target: Mapping[str, Any], batch: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The error of a number a case, and which cases have one, from whole volumes read in windows as at inference.
 
         Activations of one window at a time are kept (the rest is recomputed in the backward pass), so memory does not
         grow with the volume.
@@ -159,4 +169,4 @@ class DualDecoder(Method):
         prediction = reduce_to_case(output[:, channel : channel + 1], target["kind"], structure)
         scale = float(target.get("scale", 1.0))
         mask = torch.isfinite(truth)
-        return self.regression_loss(prediction / scale, truth / scale, mask)
+        return self.regression_loss(prediction / scale, truth / scale, mask), mask

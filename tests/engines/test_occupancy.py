@@ -8,18 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from common.engines import occupancy
 from common.engines.occupancy import leave, occupy
 from common.errors import BadInput
 
+# Only the lock itself: to import the package takes seconds.
 HOLD = """
 import sys, time
-from common.engines.occupancy import leave, occupy
-occupy(sys.argv[1])
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
 print("in", flush=True)
 if input() == "leave":
-    leave()
+    lock.release()
     print("out", flush=True)
 time.sleep(60)
 """
@@ -35,9 +38,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """Another process that trains in the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", HOLD, str(tmp_path / occupancy._NAME)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "in\n"
     yield process
     process.kill()
@@ -63,8 +65,10 @@ def test_a_killed_training_leaves_the_folder(tmp_path: Path, other: subprocess.P
 def test_one_process_trains_twice(tmp_path: Path) -> None:
     occupy(tmp_path)
     occupy(tmp_path)
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / occupancy._NAME).acquire(timeout=0)
     leave()
-    occupy(tmp_path)
+    FileLock(tmp_path / occupancy._NAME).acquire(timeout=0)
 
 
 def test_the_first_process_of_several_keeps_the_folder(

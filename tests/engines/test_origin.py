@@ -102,6 +102,17 @@ def test_the_next_stage_may_have_another_network_and_targets_but_no_other_data(m
             load()
 
 
+def test_random_weights_are_never_locked() -> None:
+    network = nn.Linear(1, 1)
+    before = network.weight.clone()
+    start_from(network, None, "student weights", locked=[])
+    assert torch.equal(network.weight, before)
+    with pytest.raises(BadInput, match=r"\['encoder'\] would keep random weights for good"):
+        start_from(network, None, "student weights", locked=["encoder"])
+    with pytest.raises(BadInput, match="student weights: none are given"):
+        start_from(network, None, "student weights")
+
+
 def test_a_record_about_other_weights_is_not_believed(model) -> None:
     load_weights(nn.Linear(1, 1), model({**CONFIG, "channels": 2}, digest="0" * 64))
 

@@ -14,11 +14,14 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigParser
+from monai.handlers import MLFlowHandler
+from sqlalchemy.exc import OperationalError
 
 from common.engines import SemiSupervisedTrainer
-from common.errors import BadInput
+from common.errors import BadInput, find_bad_input
 from common.handlers import Checkpoint, Tracking, read_lineage, weights_digest
 from common.handlers.tracking import EvaluationTracking
 from common.methods import Method
@@ -250,6 +253,35 @@ def test_failed_runs_are_marked_and_do_not_stand_in_the_way(folder):
     assert first.info.run_id == failed.info.run_id
     assert (first.info.status, first.data.params["learning_rate"]) == ("FAILED", "0.1")
     assert (second.info.status, second.data.params["learning_rate"]) == ("FINISHED", "0.01")
+
+
+def test_a_database_that_is_none_is_named(tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "mlruns.db").write_text("no database\n" * 200)
+    with pytest.raises(RuntimeError) as caught:
+        train(tmp_path, "teacher")
+    message = find_bad_input(caught.value)
+    assert str(tmp_path / "output" / "mlruns.db") in message
+    assert "choose another output_dir or tracking_uri" in message
+
+
+def test_a_disk_that_fills_up_is_told_by_the_databases_name(folder, monkeypatch):
+    def fail(self: MlflowClient, *_: object, **__: object) -> None:
+        raise OperationalError("INSERT INTO metrics", {}, OSError("disk I/O error"))
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    with pytest.raises(BadInput, match=r"mlruns\.db: MLflow can't record the run there \(.*disk I/O error"):
+        train(folder, "teacher")
+    assert not (folder / "models" / "model.pt").exists()
+
+
+def test_a_servers_password_is_not_told(folder, monkeypatch):
+    handler = EvaluationTracking.__new__(EvaluationTracking)
+    handler.uri = "https://me:secret@server.org/mlflow"
+    monkeypatch.setattr(MLFlowHandler, "_log_metrics", lambda *_: (_ for _ in ()).throw(MlflowException("gone")))
+    with pytest.raises(BadInput, match=r"https://server\.org/mlflow: .*gone") as caught:
+        handler._log_metrics({"loss": 1.0})
+    assert "secret" not in str(caught.value)
 
 
 def test_a_resumed_training_goes_on_with_its_run(folder):

@@ -233,6 +233,19 @@ def test_heteroscedastic_loss_and_a_number_a_case_are_refused_together():
         DualDecoder(dual(), [THICKNESS, VOLUME], 3, (16, 16), MaskedRegression("heteroscedastic"))
 
 
+def test_a_loss_that_falls_below_zero_has_no_learnt_weight():
+    with pytest.raises(BadInput, match="learn_weights is on"):
+        DualDecoder(dual(), [THICKNESS], 3, (16, 16), MaskedRegression("heteroscedastic"), learn_weights=True)
+
+
+def test_a_perfect_regression_keeps_its_learnt_weight():
+    """A loss of 0 where there are values is no sign that there are none."""
+    method = DualDecoder(dual(), [THICKNESS], 3, (16, 16), learn_weights=True)
+    method.regression_loss = lambda prediction, truth, mask, log_variance: prediction.sum() * 0.0
+    method(real_batch())["loss"].backward()
+    assert method.weighting.log_variances.grad.tolist()[1] == pytest.approx(0.5)
+
+
 def test_alignment_keeps_a_moving_encoder_near_the_reference():
     network = dual()
     reference = SegmentationNetwork(2, 1, 3, **LAYERS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ import torch
 
 from common import study as module
 from common.errors import BadInput
-from common.study import Study, main, read_study
+from common.study import ROOT, Study, main, read_study
 from common.tables import cost_table, gap_table, markdown, measured_targets, regression_table, segmentation_table
 
 DESCRIPTION = {
@@ -162,6 +163,19 @@ def test_figures_of_an_earlier_run_do_not_stand_for_one_that_failed(study: Study
     assert not study.records(study.runs["student"])
     assert len(failures) == 4
     assert "geometric, seed 0: not begun, since student" in failures[1]
+
+
+def test_a_record_names_the_code_that_made_it(study: Study, calls: list[list[str]]) -> None:
+    study.run_all()
+    expected = module._commit()
+    assert study.record(study.runs["teacher"], study.seeds[0])["commit"] == expected
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", expected)
+
+
+def test_a_checkout_that_is_none_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert module._commit() is None
 
 
 def test_tables(study: Study, calls: list[list[str]]) -> None:

@@ -213,8 +213,8 @@ def test_output_folder(tmp_path):
     assert folder.is_dir()
     assert list(folder.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="can't be written"):
-        check_output(tmp_path / "file" / "below")
+    with pytest.raises(BadInput, match=r"can't be written .*set `ckpt_dir`"):
+        check_output(tmp_path / "file" / "below", "ckpt_dir")
 
 
 @pytest.mark.parametrize("suffix", ["nrrd", "mha"])

@@ -230,7 +230,12 @@ class Study:
                     tail = (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-3:]
                     raise BadInput(f"run {run.name}, seed {seed} failed; see {folder / 'log.txt'}: " + " | ".join(tail))
         summary = json.loads((folder / "test" / "summary.json").read_text())
-        content = {"identity": identity, "commit": _commit(), "train_seconds": sum(seconds[:-1]), "test_seconds": seconds[-1]}
+        content = {
+            "identity": identity,
+            "commit": _commit(),
+            "train_seconds": sum(seconds[:-1]),
+            "test_seconds": seconds[-1],
+        }
         write_atomically(folder / "record.json", json.dumps({**content, "summary": summary}, indent=2))
 
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:

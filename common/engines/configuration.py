@@ -38,9 +38,7 @@ def read_json_words() -> None:
     """
     for name, value in zip(sys.argv, sys.argv[1:], strict=False):
         if name.startswith("--") and value == "None":
-            raise BadInput(
-                f"{name} None: MONAI leaves such an option out, and the config's own value stays; write null."
-            )
+            raise BadInput(f"{name} None: MONAI passes over it, and the config's own value would stay. Write null.")
     parser = _running_parser()
     if parser is None:
         return

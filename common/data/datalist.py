@@ -37,6 +37,7 @@ __all__ = [
     "check_cases",
     "check_labels",
     "check_output",
+    "check_right_angles",
     "describe_error",
     "dicom_files",
     "grid_difference",
@@ -50,6 +51,7 @@ SECTIONS = ("training", "unlabeled", "validation", "testing")
 _SUFFIXES = (".nii.gz", ".seg.nrrd", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", ".jpg")
 _IMAGE_ONLY = ("unlabeled",)
 _GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid seldom agree to the last digit
+_SHEAR = 0.01  # cosine of the angle between two axes: 0.6 degrees change a volume by 0.005 %
 _LEAN = 0.002  # mm a mm, or of a cosine: what rounding comes to; a gantry that is tilted by 0.5 degrees gives 0.009
 _ONE_PLACE = 0.001  # mm
 _MOST_PROBLEMS = 20
@@ -300,11 +302,36 @@ def read_grid(path: PathOrPaths) -> Grid:
                 raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}")
         return Grid(grids[0].shape, sum(grid.channels for grid in grids), grids[0].affine)
     try:
-        return _nifti_grid(path) if is_nifti(path) else _itk_grid(path)
+        grid = _nifti_grid(path) if is_nifti(path) else _itk_grid(path)
     except BadInput:
         raise
     except Exception as error:
         raise BadInput(f"{path} can't be opened as an image: {describe_error(error)}") from error
+    check_right_angles(grid.affine[:, [*range(len(grid.shape)), -1]], str(path))
+    return grid
+
+
+def check_right_angles(affine: np.ndarray, what: str) -> None:
+    """Refuse a grid whose axes are not at right angles: its voxels' sides tell neither volumes nor distances.
+
+    Args:
+        affine: (4, 4) or (3, 3), voxel index to millimetres; (4, 3) for a plane in space.
+        what: whose grid it is, for the message.
+
+    Raises:
+        BadInput: two axes are further from a right angle than rounding takes them, or an axis has no length.
+    """
+    axes = np.asarray(affine, dtype=float)[:-1, :-1]
+    sides = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(sides).all() or (sides == 0).any():
+        raise BadInput(f"{what}: its header gives voxels of {sides.tolist()} mm; correct its affine")
+    cosines = (axes / sides).T @ (axes / sides) - np.eye(len(sides))
+    if np.abs(cosines).max() > _SHEAR:
+        degrees = math.degrees(math.asin(min(1.0, np.abs(cosines).max())))
+        raise BadInput(
+            f"{what}: its axes are {degrees:.1f} degrees from right angles, as those of a scan with a tilted gantry. "
+            "Volumes, distances and thicknesses would be wrong; resample it to a straight grid first"
+        )
 
 
 def describe_error(error: BaseException) -> str:

@@ -15,11 +15,19 @@ from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 
-from ..data.datalist import Grid, case_name, describe_error, grid_difference, is_nifti, read_grid
+from ..data.datalist import (
+    Grid,
+    case_name,
+    check_right_angles,
+    describe_error,
+    grid_difference,
+    is_nifti,
+    read_grid,
+)
 from ..errors import BadInput
-from ..targets import is_dense
+from ..targets import dense_names, is_dense
 
-__all__ = ["LoadCased", "image_loader"]
+__all__ = ["LoadCased", "LoadReferencesd", "image_loader"]
 
 _ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
 
@@ -71,8 +79,7 @@ class LoadCased(MapTransform):
         self.labels = None if labels is None else {int(key): name for key, name in labels.items()}
         self.channels = channels
         self.targets = {key: described[key] for key in self.keys if key in described}
-        # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
-        self.load = image_loader(ensure_channel_first=True, simple_keys=True)
+        self.load = _map_loader()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load what ``data`` names; see the class."""
@@ -103,25 +110,8 @@ class LoadCased(MapTransform):
             raise BadInput(f"case {case_name(image_path)} has no `{key}`; found the keys {sorted(map(str, case))}")
         return False
 
-    def _read(self, path: Any) -> MetaTensor:
-        first = path if isinstance(path, (str, os.PathLike)) else path[0]
-        if not os.path.exists(first):
-            raise BadInput(f"{first} does not exist")
-        grid = None if is_nifti(first) else read_grid(path)
-        reader = NibabelReader() if grid is None else ITKReader()
-        try:
-            value = _own_rank(self.load(path, reader=reader))
-        except Exception as error:
-            raise BadInput(
-                f"{first} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
-            ) from error
-        if grid is not None and value.ndim == 4:
-            # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.
-            value.affine = torch.as_tensor(grid.affine, dtype=torch.float64)
-        return value
-
     def _image(self, path: Any) -> MetaTensor:
-        image = self._read(path).to(torch.float32)
+        image = _read(self.load, "image", path).to(torch.float32)
         broken = int((~torch.isfinite(image)).sum())
         if broken:
             raise BadInput(
@@ -132,7 +122,7 @@ class LoadCased(MapTransform):
         return image
 
     def _map(self, key: str, path: Any, grid: Grid, image_path: Any, convert: Any) -> MetaTensor:
-        value = self._read(path)
+        value = _read(self.load, key, path)
         if value.shape[0] != 1:
             raise BadInput(f"{key} {_path(path)} has {value.shape[0]} channels; expected one map")
         difference = grid_difference(grid, _grid(value))
@@ -193,6 +183,55 @@ class LoadCased(MapTransform):
             return found
 
         return self._map(name, value, grid, image_path, convert)
+
+
+class LoadReferencesd(MapTransform):
+    """Load what predictions are compared with as it is: ``label`` as ``reference``, each dense target's map as
+    ``reference_<target>``, float32 ``MetaTensor`` (C, *spatial). A case may lack any; the paths stay where they are.
+
+    Args:
+        targets: descriptions of the regression targets.
+
+    Raises:
+        BadInput: when called, if a file can't be read.
+    """
+
+    def __init__(self, targets: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(["label", *dense_names(targets)], allow_missing_keys=True)
+        self.load = _map_loader()
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Load what ``data`` names; see the class."""
+        case = dict(data)
+        for key in self.key_iterator(data):
+            case["reference" if key == "label" else f"reference_{key}"] = _read(self.load, key, data[key])
+        return case
+
+
+def _map_loader() -> LoadImage:
+    # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
+    return image_loader(ensure_channel_first=True, simple_keys=True)
+
+
+def _read(load: LoadImage, key: str, path: Any) -> MetaTensor:
+    first = path if isinstance(path, (str, os.PathLike)) else path[0]
+    # A case is known by its image; only other files need a word.
+    what = str(first) if key == "image" else f"{key} {first}"
+    if not os.path.exists(first):
+        raise BadInput(f"{what} does not exist")
+    grid = None if is_nifti(first) else read_grid(path)
+    reader = NibabelReader() if grid is None else ITKReader()
+    try:
+        value = _own_rank(load(path, reader=reader))
+    except Exception as error:
+        raise BadInput(
+            f"{what} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
+        ) from error
+    if grid is not None and value.ndim == 4:
+        # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.
+        value.affine = torch.as_tensor(grid.affine, dtype=torch.float64)
+    check_right_angles(value.affine.cpu().numpy(), what)
+    return value
 
 
 def _path(path: Any) -> str:

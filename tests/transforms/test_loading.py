@@ -9,6 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from common.data.datalist import read_grid
 from common.errors import BadInput
 from common.transforms import LoadCased
 
@@ -89,6 +90,33 @@ def test_keys_that_must_be_there(case):
         load({"label": case["label"]})
     with pytest.raises(BadInput, match="neither"):
         LoadCased(("image", "thicknes"), targets=TARGETS)
+
+
+def rotated(degrees: float) -> np.ndarray:
+    angle = np.deg2rad(degrees)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return affine @ np.diag([0.7, 1.3, 2.1, 1.0])
+
+
+def test_a_sheared_grid_is_refused_and_an_oblique_one_is_not(arrays, tmp_path):
+    """The product of a sheared voxel's sides is not its volume."""
+    load = LoadCased(["image"])
+    straight = write(tmp_path / "oblique.nii.gz", arrays["image"], rotated(20.0))
+    assert load({"image": straight})["image"].shape == (1, 6, 5, 4)
+    assert read_grid(straight).shape == (6, 5, 4)
+    tilted = rotated(20.0)
+    tilted[1, 2] += 2.1 * np.tan(np.deg2rad(15.0))
+    sheared = write(tmp_path / "tilted.nii.gz", arrays["image"], tilted)
+    for read in (read_grid, lambda path: load({"image": path})):
+        with pytest.raises(BadInput, match=r"tilted\.nii\.gz: its axes are 1\d\.\d degrees from right angles"):
+            read(sheared)
+    image = nibabel.load(straight)
+    image.header["srow_y"] = 0
+    image.header["qform_code"] = 0
+    (tmp_path / "flat.nii").write_bytes(image.header.binaryblock + bytes(4) + arrays["image"].tobytes("F"))
+    with pytest.raises(BadInput, match=r"flat\.nii: its axes are 90\.0 degrees from right angles"):
+        read_grid(tmp_path / "flat.nii")
 
 
 def test_absent_truncated_and_damaged_files(load, case, tmp_path):

@@ -264,15 +264,17 @@ def _network(configuration: Mapping[str, Any], source: Sequence[int], where: str
                 "has no other. Train with the plans nnUNetPlans."
             )
     flat = dims == 3 and max(patch) / patch[0] > ANISOTROPY_THRESHOLD
+    kernel_sizes = [permuted(kernel) for kernel in given["kernel_sizes"]]
     return {
         "spatial_dims": dims,
         "spacing": permuted(configuration["spacing"]),
         "patch_size": permuted(patch),
         "batch_size": configuration["batch_size"],
         "features": given["features_per_stage"],
-        "kernel_sizes": [permuted(kernel) for kernel in given["kernel_sizes"]],
+        "kernel_sizes": kernel_sizes,
         "strides": [permuted(stride) for stride in given["strides"]],
         "thick_axis": source.index(0) if flat else None,
+        **({"edge_kernel": kernel_sizes[0]} if 1 in kernel_sizes[0] else {}),
     }
 
 
@@ -409,6 +411,8 @@ def main(options: argparse.Namespace) -> int:
     write_atomically(options.output.with_suffix(".json"), json.dumps(record, indent=2))
     print(f"nnU-Net: {origin['dataset']}, {origin['configuration']}, fold {origin['fold']}, {origin['epochs']} epochs")
     print(f"network: {plan['spatial_dims']}D, {len(plan['features'])} stages of {plan['features']} channels")
+    if plan["spatial_dims"] == 2:
+        print("it takes NIfTI files of two dimensions: no volumes, and no PNG")
     print(f"classes: {', '.join(plan['labels'].values())}")
     print(f"spacing: {plan['spacing']} mm, patch {plan['patch_size']}, intensities {_kinds(plan['intensity'])}")
     print(f"training files: axes taken to run to {', '.join(origin['orientation'])}")

@@ -307,6 +307,7 @@ def test_the_plan_is_nnunets(tmp_path: Path) -> None:
         "intensity": {"kind": "ct", "lower": -100.0, "upper": 300.0, "mean": 40.5, "std": 20.25},
         "features": [4, 8, 8],
         "kernel_sizes": [[3, 3, 1], [3, 3, 3], [3, 3, 3]],
+        "edge_kernel": [3, 3, 1],
         "strides": [[1, 1, 1], [2, 2, 1], [2, 2, 2]],
         "thick_axis": 2,
         "mirror_axes": [0, 1, 2],

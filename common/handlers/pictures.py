@@ -19,14 +19,16 @@ from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 
 from ..data.datalist import case_name
 from ..errors import BadInput
 from ..files import write_atomically
-from ..targets import is_dense
+from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
 from .cases import array, case_file, cases_of, is_main
 
@@ -35,6 +37,10 @@ __all__ = ["StagePicture", "save_curves", "save_overview"]
 PANEL_INCHES = (3.2, 3.4)
 DOTS_PER_INCH = 100
 MAX_CURVE_COLUMNS = 3
+MAX_PANEL_COLUMNS = 4
+# Kinds of wrong voxels, in colours that the colour-blind tell apart (Wong, "Points of view: color blindness", Nature
+# Methods 2011).
+ERROR_COLOURS = {"missed": "#56B4E9", "wrongly found": "#D55E00", "wrong label": "#F0E442"}
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -91,6 +97,38 @@ def _draw_contours(axes: Axes, labels: np.ndarray) -> None:
             axes.contour(x, y, closed, levels=[0.5], colors=[colors[(int(label) - 1) % len(colors)]], linewidths=1.2)
 
 
+def _wrong_voxels(reference: np.ndarray, prediction: np.ndarray, annotated: Sequence[int] | None) -> np.ma.MaskedArray:
+    """Where prediction and reference differ, and how: index into ``ERROR_COLOURS``, masked where they agree."""
+    wrong = prediction != reference
+    if annotated is not None:
+        # The background of such a reference says nothing about the structures that it doesn't label.
+        wrong &= (reference != 0) | np.isin(prediction, annotated)
+    return np.ma.masked_where(~wrong, np.select([prediction == 0, reference == 0], [0, 1], 2))
+
+
+def _maps(
+    planes: Mapping[str, np.ndarray | None], missing: float | None, structures: Sequence[int]
+) -> dict[str, np.ma.MaskedArray]:
+    """Reference, prediction and prediction less reference of a dense target, by title, masked where not meant."""
+
+    def outside(key: str) -> np.ndarray | bool:
+        return ~np.isin(planes[key], structures) if len(structures) and planes[key] is not None else False
+
+    if planes["target_prediction"] is None:
+        return {}
+    values = np.asarray(planes["target_prediction"], dtype=float)
+    predicted = np.ma.masked_where(~np.isfinite(values) | (values == 0) | outside("prediction"), values)
+    if planes["target_reference"] is None:
+        return {"predicted map": predicted}
+    truth = np.asarray(planes["target_reference"], dtype=float)
+    unknown = ~np.isfinite(truth) | (truth == missing) | outside("reference")
+    return {
+        "reference map": np.ma.masked_where(unknown, truth),
+        "predicted map": predicted,
+        "map error": np.ma.masked_where(unknown, values - np.where(unknown, 0, truth)),
+    }
+
+
 def save_overview(
     path: str | os.PathLike[str],
     image: np.ndarray,
@@ -101,13 +139,16 @@ def save_overview(
     unit: str = "mm",
     missing: float | None = 0,
     structures: Sequence[int] = (),
+    annotated: Sequence[int] | None = None,
     spacing: Sequence[float] | None = None,
     title: str = "",
 ) -> None:
-    """Save one slice of a case, side by side: image, reference contours, predicted contours, target map, its error.
+    """Save one slice of a case: image, contours of reference and prediction, wrong voxels, and a target's maps.
 
     In 3D it is the slice across the axis of the thickest voxels that holds most foreground. Voxels are drawn with their
-    physical proportions. Columns without data are left out; a column is 320 x 340 pixels.
+    physical proportions. Wrong voxels are coloured by kind: missed, wrongly found (where the reference has background)
+    and wrong label. Reference and predicted map share one colour scale; the error, prediction less reference, has one
+    that is symmetric. Panels without data are left out; a panel is 320 x 340 pixels, four are in a row.
 
     Args:
         path: the PNG file.
@@ -118,8 +159,9 @@ def save_overview(
         target_reference: its reference, same shape; NaN means no value.
         unit: the target's unit, beside the colour bars.
         missing: another value of ``target_reference`` that means no value; None for none.
-        structures: labels inside which the target is meant: the map is shown where one is predicted. Empty shows
-            it everywhere.
+        structures: labels inside which the target is meant: the predicted map is shown where one is predicted, the
+            reference and the error where one is. Empty shows them everywhere.
+        annotated: the label ids that ``reference`` knows; None for all.
         spacing: size of a voxel in mm an axis; 1 where None.
         title: a line above the columns.
 
@@ -136,41 +178,41 @@ def save_overview(
     arrays = {key: None if array is None else np.asarray(array) for key, array in arrays.items()}
     planes, spacing = _in_plane(arrays, [1.0] * np.ndim(image) if spacing is None else spacing)
 
-    columns = ["image", *[key for key in ("reference", "prediction") if planes[key] is not None]]
-    known = None
-    if planes["target_prediction"] is not None:
-        columns.append("map")
-        if planes["target_reference"] is not None:
-            columns.append("error")
-            known = np.isfinite(planes["target_reference"]) & (planes["target_reference"] != missing)
+    maps = _maps(planes, missing, structures)
+    panels = ["image", *[key for key in ("reference", "prediction") if planes[key] is not None]]
+    if {"reference", "prediction"} <= set(panels):
+        panels.append("segmentation error")
+    panels += maps
+    columns = min(len(panels), MAX_PANEL_COLUMNS)
+    rows = math.ceil(len(panels) / columns)
 
-    figure = Figure(figsize=(PANEL_INCHES[0] * len(columns), PANEL_INCHES[1]), dpi=DOTS_PER_INCH, layout="constrained")
+    size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     finite = planes["image"][np.isfinite(planes["image"])]
     low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 1.0)
     gray = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
-    for index, column in enumerate(columns):
-        axes = figure.add_subplot(1, len(columns), index + 1)
+    values = np.concatenate([maps[name].compressed() for name in maps if name != "map error"] or [[]])
+    least, most = values.min(initial=0.0), values.max(initial=0.0)
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_axis_off()
-        axes.set_title(column if column != "map" else "predicted map", fontsize=9)
+        axes.set_title(panel, fontsize=9)
         _show(axes, planes["image"], spacing, **gray)
-        if column in ("reference", "prediction"):
-            _draw_contours(axes, planes[column])
-        elif column in ("map", "error"):
-            values = np.asarray(planes["target_prediction"], dtype=float)
-            if column == "map":
-                hidden = ~np.isfinite(values) | (values == 0)
-                if len(structures) and planes["prediction"] is not None:
-                    hidden |= ~np.isin(planes["prediction"], structures)
-                values = np.ma.masked_where(hidden, values)
-                scale = max(
-                    _largest(values), 0.0 if known is None else _largest(np.where(known, planes["target_reference"], 0))
-                )
-                options = {"cmap": "viridis", "vmin": 0.0, "vmax": scale}
-            else:
-                values = np.ma.masked_where(~known, values - np.where(known, planes["target_reference"], 0))
-                scale = _largest(values)
-                options = {"cmap": "coolwarm", "vmin": -scale, "vmax": scale}
-            drawn = _show(axes, values, spacing, **options)
+        if panel in ("reference", "prediction"):
+            _draw_contours(axes, planes[panel])
+        elif panel == "segmentation error":
+            wrong = _wrong_voxels(planes["reference"], planes["prediction"], annotated)
+            colours = ListedColormap(list(ERROR_COLOURS.values()))
+            _show(axes, wrong, spacing, cmap=colours, vmin=0, vmax=len(ERROR_COLOURS) - 1)
+            handles = [Patch(color=colour, label=name) for name, colour in ERROR_COLOURS.items()]
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": len(handles)}
+            axes.legend(handles=handles, **place, fontsize=8, frameon=False, handlelength=1, columnspacing=1)
+        elif panel in maps:
+            options = {"cmap": "viridis", "vmin": least, "vmax": most if most > least else 1.0}
+            if panel == "map error":
+                largest = _largest(maps[panel])
+                options = {"cmap": "coolwarm", "vmin": -largest, "vmax": largest}
+            drawn = _show(axes, maps[panel], spacing, **options)
             figure.colorbar(drawn, ax=axes, shrink=0.8, label=unit)
     if title:
         figure.suptitle(title, fontsize=10)
@@ -230,6 +272,7 @@ class StagePicture:
         image_key: the image.
         prediction_key: the predicted label map (1, *spatial); absent for a network that only regresses.
         reference_key: the reference label map, on the same grid; may be absent.
+        reference_prefix: what a target's name has before it in the key of its reference map, on the same grid.
     """
 
     def __init__(
@@ -241,6 +284,7 @@ class StagePicture:
         image_key: str = "image",
         prediction_key: str = "segmentation",
         reference_key: str = "reference",
+        reference_prefix: str = "reference_",
     ) -> None:
         self.output_dir = Path(output_dir)
         self.targets = [target for target in targets if is_dense(target)]
@@ -249,6 +293,7 @@ class StagePicture:
         self.image_key = image_key
         self.prediction_key = prediction_key
         self.reference_key = reference_key
+        self.reference_prefix = reference_prefix
         self._kept: list[dict[str, Any]] = []
 
     def attach(self, engine: Engine) -> None:
@@ -280,24 +325,31 @@ class StagePicture:
             if case.get(key) is not None
         )
         image = array(self._image_on(grid, case[self.image_key]))
+        annotated = case.get("annotated")
+        if annotated is not None:
+            annotated = np.asarray(annotated, dtype=int).reshape(-1).tolist()
         pictures: dict[str, dict[str, Any]] = {}
         for target in self.targets or [None]:
             name = target["name"] if target else None
             maps = {
                 "target_prediction": case.get(f"{name}_pred") if target else None,
-                "target_reference": case.get(f"reference_{name}") if target else None,
+                "target_reference": case.get(f"{self.reference_prefix}{name}") if target else None,
             }
             arrays = {"image": image, **labels}
             arrays.update({key: None if tensor is None else array(tensor) for key, tensor in maps.items()})
             planes, spacing = _in_plane(arrays, voxel_spacing(grid))
             # Copies, or each slice would keep its whole volume in memory.
             copies = {key: None if plane is None else plane.copy() for key, plane in planes.items()}
-            options: dict[str, Any] = {}
+            options: dict[str, Any] = {"annotated": annotated}
             if target:
-                options = {"unit": target.get("unit", ""), "missing": target.get("missing", 0)}
-                options["structures"] = np.atleast_1d(target.get("structure", [])).tolist()
+                options.update(unit=target.get("unit", ""), missing=target.get("missing", 0))
+                options["structures"] = structure_ids(target)
             pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
-        return {"case": case_name(case_file(case)), "dice": self._mean_dice(**labels), "pictures": pictures}
+        return {
+            "case": case_name(case_file(case)),
+            "dice": self._mean_dice(**labels, annotated=annotated),
+            "pictures": pictures,
+        }
 
     @staticmethod
     def _image_on(grid: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -309,10 +361,13 @@ class StagePicture:
         return ResampleToMatch(mode="bilinear")(image[:1].detach().cpu(), img_dst=grid.detach().cpu())
 
     @staticmethod
-    def _mean_dice(prediction: np.ndarray | None, reference: np.ndarray | None) -> float:
+    def _mean_dice(
+        prediction: np.ndarray | None, reference: np.ndarray | None, annotated: Sequence[int] | None
+    ) -> float:
         if prediction is None or reference is None:
             return float("nan")
-        labels = [label for label in np.union1d(np.unique(prediction), np.unique(reference)) if label != 0]
+        found = np.union1d(np.unique(prediction), np.unique(reference))
+        labels = [label for label in found if label != 0 and (annotated is None or label in annotated)]
         scores = [
             2
             * np.sum((prediction == label) & (reference == label))

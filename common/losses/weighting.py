@@ -7,20 +7,21 @@ Kendall, Gal & Cipolla, "Multi-task learning using uncertainty to weigh losses f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
 
-__all__ = ["UncertaintyWeighting"]
+__all__ = ["UncertaintyWeighting", "parameter_groups"]
 
 
 class UncertaintyWeighting(nn.Module):
     """``sum over i of 0.5 exp(-s_i) L_i + 0.5 s_i``, with a learnt log-variance ``s_i`` a loss that starts at 0.
 
     The best ``s_i`` is ``log L_i``, so each loss ends up divided by about its own size. The optimiser must be given
-    this module's parameter, without weight decay.
+    this module's parameter, without weight decay: see :func:`parameter_groups`.
 
     Args:
         names: the losses' names, each once.
@@ -54,3 +55,22 @@ class UncertaintyWeighting(nn.Module):
             if name in losses:
                 total = total + 0.5 * torch.exp(-log_variance) * losses[name].float() + 0.5 * log_variance
         return total
+
+
+def parameter_groups(parameters: Sequence[nn.Parameter], module: nn.Module) -> list[dict[str, Any]]:
+    """Groups for an optimiser: all that ``parameters`` has, learnt weights among losses without weight decay.
+
+    Decay would pull a log-variance to 0, the weight of its loss to 0.5, whatever the size of the loss.
+
+    Args:
+        parameters: what the optimiser is to train.
+        module: where the :class:`UncertaintyWeighting` is, if there is one; without one the only group is
+            ``parameters``.
+    """
+    weightings = [part for part in module.modules() if isinstance(part, UncertaintyWeighting)]
+    learnt = {id(parameter) for weighting in weightings for parameter in weighting.parameters()}
+    groups = [
+        {"params": [parameter for parameter in parameters if id(parameter) not in learnt]},
+        {"params": [parameter for parameter in parameters if id(parameter) in learnt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -78,7 +78,7 @@ _OBJECTS = frozenset(
         "torch.cuda.is_available",
         "torch.device",
         *(f"torch.{name}" for name in ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "uint8")),
-        *(f"scripts.common.{name}" for name in ("bundle_root", "completion.completed_cases", "is_on")),
+        *(f"scripts.common.{name}" for name in ("bundle_root", "completion.completed_cases", "is_on", "unload")),
         *(
             f"scripts.common.data.{name}"
             for name in (
@@ -94,6 +94,7 @@ _OBJECTS = frozenset(
                 *("selected_on", "start", "start_distributed", "start_from", "stop_distributed"),
             )
         ),
+        "scripts.common.losses.weighting.parameter_groups",
         "scripts.common.targets.dense_names",
         *(
             f"scripts.common.transforms.{name}"
@@ -113,6 +114,7 @@ MODULES = frozenset(
     for count in range(1, name.count(".") + 1)
 ) - {"scripts"}
 _FOREIGN = "runs other things than bundles need"
+_MORE_THAN_A_LOG = "is more than a log on the screen needs"
 _REFERENCES = "__local_refs"  # MONAI's name for what the config's other parts have become
 _RELATIVE = re.compile(r"[@%](?:#|::)")
 _MODE = re.compile(r"(^|#|::)_mode_$")
@@ -121,6 +123,15 @@ _PACKAGE = __package__.rpartition(".")[0]
 _LOCATOR = ComponentLocator()
 _STREAMS = ("sys.stdout", "sys.stderr")
 _LOG_HANDLERS = ("StreamHandler", "logging.StreamHandler", "NullHandler", "logging.NullHandler")
+# What the sections of a logging configuration may say, by the first word of their names. Not `class` and `defaults` of
+# a formatter, which Python imports and evaluates, and no [DEFAULT], which puts options into all the others.
+_LOG_OPTIONS = {
+    **dict.fromkeys(("loggers", "handlers", "formatters"), ("keys",)),
+    "logger": ("level", "handlers", "qualname", "propagate"),
+    "handler": ("class", "level", "formatter", "args", "kwargs"),
+    "formatter": ("format", "datefmt"),
+}
+_LOG_NAMES = re.compile(r"[\w., -]*")
 
 
 @dataclass(frozen=True)
@@ -293,22 +304,34 @@ def _expression(text: str, names: Mapping[str, str], allow: Collection[str]) -> 
 
 
 def logging_uses(file: str, content: str) -> Iterator[Use]:
-    """What ``logging.config.fileConfig`` would evaluate: the class and the arguments of each handler and formatter."""
-    parser = configparser.RawConfigParser()
+    """What ``logging.config.fileConfig`` would evaluate, which is the class and the arguments of each handler, and
+    whatever else a log on the screen doesn't need."""
+    parser = configparser.RawConfigParser(default_section=None)  # so [DEFAULT] is a section like any other
     try:
         parser.read_string(content)
     except configparser.Error as error:
         yield Use(str(error).splitlines()[0][:80], file, "", "can't be read as a logging configuration")
         return
     for section in parser.sections():
-        for option in ("class", "args", "kwargs"):
-            value = parser.get(section, option, fallback="")
-            if not value:
-                continue
-            fine = value in _LOG_HANDLERS if option == "class" else _is_plain(value)
-            yield Use(
-                value[:80], file, f"{section}#{option}", None if fine else "is more than a log on the screen needs"
-            )
+        options = _LOG_OPTIONS.get(section.partition("_")[0])
+        if options is None:
+            yield Use(f"[{section}]"[:80], file, section, _MORE_THAN_A_LOG)
+            continue
+        for option, value in parser.items(section):
+            fine = option in options and _is_fine(option, value)
+            if not fine or (value and option in ("class", "args", "kwargs")):
+                yield Use(value[:80], file, f"{section}#{option}", None if fine else _MORE_THAN_A_LOG)
+
+
+def _is_fine(option: str, value: str) -> bool:
+    """Whether an option of a logging configuration says no more than it must."""
+    if option in ("format", "datefmt"):  # Python reads these as they are; in the others it replaces %(x)s
+        return True
+    if option == "class":
+        return value in _LOG_HANDLERS
+    if option in ("args", "kwargs"):
+        return "%" not in value and (not value or _is_plain(value))
+    return _LOG_NAMES.fullmatch(value) is not None
 
 
 def _is_plain(text: str) -> bool:

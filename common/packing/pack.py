@@ -110,6 +110,12 @@ def pack_bundle(
             read_json(Path(evaluation)), classes_of(inference), inference.get("targets", ()), evaluation
         )
     facts: dict[str, Any] = {"number": number, "metrics": metrics, "origin": lineage(state_digest(state), record)}
+    # By which the code tells that a config is its own: Python loads one `scripts` a process.
+    for config in configs.values():
+        if "bundle_root" in config:
+            config["bundle_root"] = f"$common.bundle_root('{bundle}', '{number}+{facts['origin']['weights']}')"
+        if "initialize" in config:
+            config["initialize"] = ["$@bundle_root", *config["initialize"]]
     filled = fill_metadata(template, inference, channels, given=read_json(Path(metadata)) if metadata else {}, **facts)
     if fault := next(value_faults(filled), None):
         raise BadInput(f"metadata, {fault[0]}: {fault[1]}.")

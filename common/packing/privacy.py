@@ -45,9 +45,19 @@ _ANY_PATH = (
     ),
 )
 _PATH_IN_EXPRESSION = re.compile(r"(?<!\+)(?<!\+ )(['\"])(/\w[^'\"]*)\1")
-_IMAGE_ENDINGS = "nii|nii\\.gz|nrrd|nhdr|mha|mhd|dcm|npy|npz|h5"
-_IMAGE = re.compile(rf"[\w.-]+\.(?:{_IMAGE_ENDINGS})$", re.IGNORECASE)
-_PATIENT = re.compile(r"\b(?:(?:patient|subject|sub|pat|mrn)[-_ ]?\d|case[-_ ]?\d{2})\w*", re.IGNORECASE)
+_IMAGE_ENDINGS = "nii(?:\\.gz)?|nrrd|nhdr|mha|mhd|dcm|npy|npz|h5"
+# Not what comes after a placeholder: <case>_seg.nii.gz and *_seg.nii.gz name no file.
+_IMAGE = re.compile(rf"(?<!\w)(?<![>}}*][-.])(?!(?<=[>}}*])_)\w[\w.-]*\.(?:{_IMAGE_ENDINGS})(?![^\W_])", re.IGNORECASE)
+_MARK = r"(?:number|nummer|no|nr|id)s?(?![^\W\d_])\.?"
+_GAP = r"[-\s_:#=*`]{0,4}"
+# "patients: 40" counts them, "patients no. 40" does not.
+_PATIENT = re.compile(
+    rf"(?<![^\W_])(?:"
+    rf"(?:patient(?:en|in)?|subject|participant|proband|accession|pat\.?|sub|mrn){_GAP}(?:{_MARK}{_GAP})?\d"
+    rf"|(?:patient|subject|participant|proband|case)s?{_GAP}(?:{_MARK}|#){_GAP}\d"
+    rf"|case{_GAP}\d{{2}}|id{_GAP}(?:{_MARK}{_GAP})?\d{{5}})\w*",
+    re.IGNORECASE,
+)
 _INSTANCE = re.compile(r"\b[12]\.\d+(?:\.\d+){5,}\b")
 _STANDARD = "1.2.840.10008."  # DICOM's own identifiers, which name nobody
 _PATIENT_KEYS = {
@@ -235,7 +245,7 @@ def _text_faults(text: str, local: Collection[re.Pattern[str]], value: bool, cod
             return
     if code:
         return
-    if match := (_IMAGE.search(text) if value and not text.startswith("$") else None):
-        yield f"found {match[0]!r}, the name of an image file. Remove it."
+    if match := _IMAGE.search(text):
+        yield f"found {match[0]!r}, the name of an image file. Remove it, or write <case> for the name."
     elif match := _PATIENT.search(text):
         yield f"found {match[0]!r}, which looks like the name of a patient or case. Remove it."

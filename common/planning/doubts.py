@@ -40,7 +40,7 @@ def _single_slices(findings: Findings) -> list[str]:
         return []
     return [
         f"{_names(flat)}: one slice in a file of three dimensions, for which a network in 3D is planned. Save such "
-        "images in two dimensions (PNG, or NIfTI without the third axis) for a network in 2D."
+        "images as NIfTI files of two dimensions for a network in 2D."
     ]
 
 

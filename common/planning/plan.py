@@ -79,11 +79,14 @@ def make_plan(
     Returns:
         A config overlay: spatial_dims, channels, labels, targets, spacing, patch_size, batch_size, intensity, features,
         kernel_sizes, strides, and thick_axis: the axis of a patch that is more than three times flatter than it is
-        wide (augment in the plane across it), or None. A network too shallow for the stages that the configs align and
-        attend at (fewer than four stages) gets alignment_stages and attention_stages, too.
+        wide (augment in the plane across it), or None. Where the first stage's kernel is 1 along an axis, edge_kernel
+        is that kernel, so that attention looks for no edge from one thick slice to the next. A network too shallow for
+        the stages that the configs align and attend at (fewer than four stages) gets alignment_stages and
+        attention_stages, too.
 
     Raises:
-        BadInput: there are no training cases, a file can't be read, files disagree, or nothing fits the memory.
+        BadInput: there are no training cases, a file can't be read, files disagree, most are single slices in three
+            dimensions, or nothing fits the memory.
     """
     return _plan(read_datalist(datalist), width, max_width, memory, spacing, progress)[0]
 
@@ -99,6 +102,11 @@ def _plan(
     if width < 1 or (max_width is not None and max_width < width):
         raise BadInput(f"width {width} and max width {max_width}: expected 1 <= width <= max width.")
     findings = find(content, progress)
+    if findings.spatial_dims == 3 and np.median(findings.shapes, axis=0).min() < 2:
+        raise BadInput(
+            "the images are single slices in files of three dimensions, which a network in 3D can't be planned for. "
+            "Save images and labels as NIfTI files of two dimensions, and a network in 2D is planned."
+        )
     if spacing is not None and (len(spacing) != findings.spatial_dims or min(spacing) <= 0):
         raise BadInput(f"spacing {list(spacing)}: expected {findings.spatial_dims} positive numbers (mm).")
     target_spacing = plan_spacing(findings.spacings, findings.shapes) if spacing is None else np.asarray(spacing, float)
@@ -113,7 +121,8 @@ def _plan(
         max_width=max_width,
         memory=memory,
     )
-    thick = int(np.argmax(target_spacing))
+    # Of equal ones the last, which nnU-Net, whose arrays are the other way round, takes, too.
+    thick = findings.spatial_dims - 1 - int(np.argmax(target_spacing[::-1]))
     flat = findings.spatial_dims == 3 and max(topology.patch_size) / topology.patch_size[thick] > ANISOTROPY_THRESHOLD
     widest = max_width or BUDGETS[findings.spatial_dims].max_width
     plan = {
@@ -130,6 +139,8 @@ def _plan(
         "strides": [list(stage) for stage in topology.strides],
         "thick_axis": thick if flat else None,
     }
+    if 1 in topology.kernel_sizes[0]:
+        plan["edge_kernel"] = list(topology.kernel_sizes[0])
     stages = len(topology.strides)
     if stages < STAGES_OF_THE_CONFIGS:
         plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
@@ -158,6 +169,10 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
         f"kernels: {', '.join(numbers(stage) for stage in plan['kernel_sizes'])}: 1 along an axis that is twice as "
         "coarse as the finest",
     ]
+    if "edge_kernel" in plan:
+        lines.append(
+            f"edge kernel: {numbers(plan['edge_kernel'])}: attention looks for no edge where the first kernel is 1"
+        )
     if plan["thick_axis"] is not None:
         lines.append(f"anisotropic: patches are flat along axis {plan['thick_axis']}; augmentation stays in plane")
     intensities = plan["intensity"] if isinstance(plan["intensity"], list) else [plan["intensity"]]

@@ -56,11 +56,12 @@ class LoadCased(MapTransform):
         channels: channels that the image must have. None allows any.
         targets: descriptions of the regression targets.
         allow_missing_keys: whether an entry may lack any key but ``image``, as unlabelled ones do.
+        dimensions: spatial axes that the image must have. None allows any.
 
     Raises:
-        BadInput: a file can't be read, holds NaN or infinite voxels, has the wrong number of channels, label ids that
-            are not in ``labels`` or not among those the case is ``annotated`` for, or lies on another grid than the
-            image.
+        BadInput: a file can't be read, holds NaN or infinite voxels, has another number of channels or axes, label ids
+            that are not in ``labels`` or not among those the case is ``annotated`` for, or lies on another grid than
+            the image.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class LoadCased(MapTransform):
         channels: int | None = None,
         targets: Sequence[Mapping[str, Any]] = (),
         allow_missing_keys: bool = True,
+        dimensions: int | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.dimensions = dimensions
         described = {target["name"]: target for target in targets}
         unknown = [key for key in self.keys if key not in ("image", "label") and key not in described]
         if unknown:
@@ -116,6 +119,11 @@ class LoadCased(MapTransform):
         if broken:
             raise BadInput(
                 f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file"
+            )
+        if self.dimensions is not None and image.ndim - 1 != self.dimensions:
+            raise BadInput(
+                f"image {_path(path)} has the shape {tuple(image.shape[1:])}; the network takes images of "
+                f"{self.dimensions} dimensions"
             )
         if self.channels is not None and image.shape[0] != self.channels:
             raise BadInput(f"image {_path(path)} has {image.shape[0]} channel(s); the network takes {self.channels}")

@@ -121,7 +121,7 @@ def preprocessing(
     small = labels is None or max((int(key) for key in labels), default=0) <= np.iinfo(np.uint8).max
     types = [(torch.uint8 if small else torch.int16) if key == "label" else torch.float32 for key in maps]
     steps: list[Callable] = [
-        LoadCased(keys, labels=labels, channels=channels, targets=targets),
+        LoadCased(keys, labels, channels, targets, dimensions=len(spacing) if spacing is not None else None),
         Orientationd(maps, axcodes=orientation[: len(spacing or orientation)], labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:

@@ -109,6 +109,31 @@ def test_multi_gpu_does_what_training_does(bundle: str) -> None:
     assert overlay["initialize"] == ["$common.engines.start_distributed()", *train["initialize"]]
 
 
+@pytest.mark.parametrize("name", ["train.json", "inference.json"])
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_plan_says_where_to_look_for_edges(bundle: str, name: str, plan: Path) -> None:
+    """One plan goes with every bundle; only the dual decoder has a use for its ``edge_kernel``."""
+    parser = ConfigParser()
+    parser.read_config([config(bundle, name), str(plan)])
+    parser["edge_kernel"] = [3, 3, 1]
+    network = parser.get_parsed_content("network_def")
+    assert getattr(network, "edge_kernel", None) == ([3, 3, 1] if bundle == "dual_decoder" else None)
+
+
+@pytest.mark.parametrize("learn_weights", [False, True])
+def test_learnt_weights_among_losses_do_not_decay(learn_weights: bool, plan: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config([config("dual_decoder", "train.json"), str(plan)])
+    parser["train#method#learn_weights"] = learn_weights
+    groups = parser.get_parsed_content("train#optimizer").param_groups
+    method, lock_in = parser.get_parsed_content("train#method"), parser.get_parsed_content("lock_in")
+    free = [group["params"] for group in groups if group["weight_decay"] == 0]
+    assert free == ([[method.weighting.log_variances]] if learn_weights else [])
+    assert groups[0]["weight_decay"] == 3e-05
+    held = [parameter for group in groups for parameter in group["params"]]
+    assert {id(parameter) for parameter in held} == {id(p) for p in lock_in.trainable_parameters(method)}
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "bundles/dual_decoder/configs/ablations").glob("*.json")), ids=lambda p: p.stem
 )

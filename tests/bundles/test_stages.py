@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_runs import BUNDLES, Chain, config, run
+from matplotlib.image import imread
 
 from common.errors import find_bad_input
 from common.handlers import read_lineage
@@ -26,7 +27,9 @@ def test_training_leaves_weights_checkpoint_curves_and_a_picture(bundle: str, ch
     assert [path.name for path in chain.model(bundle).parent.glob("*.pt")] == ["model.pt"]
     for name in ("checkpoint.pt", "config.json", "curves.png", "mlruns.db"):
         assert (chain.output(bundle) / name).is_file(), name
-    assert list(chain.output(bundle).glob("*_overview*.png"))
+    (picture,) = chain.output(bundle).glob("*_overview*.png")
+    # Image, reference, prediction, error, and below them the maps: reference, prediction, error.
+    assert imread(picture).shape[:2] == ((680, 1280) if bundle == "dual_decoder" else (340, 1280))
 
 
 def test_the_dual_decoder_keeps_the_students_segmentation(chain: Chain) -> None:

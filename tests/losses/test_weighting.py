@@ -7,6 +7,7 @@ import torch
 
 from common.errors import BadInput
 from common.losses import UncertaintyWeighting
+from common.losses.weighting import parameter_groups
 
 
 def test_starts_with_half_of_each() -> None:
@@ -41,6 +42,26 @@ def test_a_loss_left_out_does_not_move_its_weight() -> None:
     total.backward()
     assert loss.grad.item() == pytest.approx(0.5)
     assert weighting.log_variances.grad.tolist() == pytest.approx([-1.0, 0.0])
+
+
+def test_the_optimiser_decays_all_but_the_learnt_weights() -> None:
+    module = torch.nn.ModuleDict({"network": torch.nn.Linear(2, 1), "weighting": UncertaintyWeighting(["a", "b"])})
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, 1.0)
+        parameter.grad = torch.zeros_like(parameter)
+    module["network"].bias.requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameter_groups(trained, module), lr=0.5, weight_decay=0.1)
+    optimizer.step()
+    assert module["weighting"].log_variances.tolist() == [1, 1]
+    assert module["network"].weight.flatten().tolist() == pytest.approx([0.95, 0.95])
+    assert module["network"].bias.tolist() == [1]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+
+
+def test_without_learnt_weights_there_is_one_group() -> None:
+    network = torch.nn.Linear(2, 1)
+    assert parameter_groups(list(network.parameters()), network) == [{"params": list(network.parameters())}]
 
 
 def test_bad_names() -> None:

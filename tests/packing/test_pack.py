@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 
 from common.__main__ import main
 from common.errors import BadInput
-from common.networks import read_weights
+from common.networks import read_weights, state_digest
 from common.packing import pack_bundle
 from common.packing.metadata import classes_of, output_channels
 
@@ -100,7 +100,10 @@ def test_configs_say_what_config_plan_and_overlays_say_together(
         [*(config(bundle, f"{name}.json") for name in names), str(trained["plan"])]
     )
     # MONAI finds a bundle's code after `initialize` and before `run`.
-    expected["run"] = [*expected.pop("initialize"), *expected["run"]]
+    expected["run"] = ["$@bundle_root", *expected.pop("initialize"), *expected["run"]]
+    weights = state_digest(read_weights(trained[bundle]))
+    assert found.pop("bundle_root") == f"$common.bundle_root('{bundle}', '1.0.0+{weights}')"
+    del expected["bundle_root"]
     if names == ["inference"]:
         expected = {key: expected[key] for key in found}
     assert _plain(found) == expected
@@ -256,6 +259,20 @@ def test_names_of_the_datalist_are_found_wherever_they_are(pack: Pack, tmp_path:
     ):
         pack(datalist=datalist, metadata=said)
     pack(metadata=said)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("MRN: 123456 was left out", "MRN: 123456"),
+        ("some were left out; patient no. 4711 too", "patient no. 4711"),
+        ("all but scan_mueller.nii.gz, as it was thin", "scan_mueller.nii.gz"),
+    ],
+)
+def test_patients_are_found_in_what_a_user_says(text: str, found: str, pack: Pack, tmp_path: Path) -> None:
+    said = write(tmp_path / "said.json", {"data_source": text})
+    with pytest.raises(BadInput, match=rf"metadata\.json, data_source: found '{found}'.*\n.*README\.md, .*'{found}'"):
+        pack(metadata=said)
 
 
 def test_common_words_may_be_names_of_cases(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import pydoc
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +23,7 @@ from common.errors import BadInput
 from common.packing import CHECKSUMS, Limits, verify_archive
 from common.packing.archive import archive_bytes, checksum_list
 from common.packing.configs import carried, merge_configs
-from common.packing.inspection import ATTRIBUTES, MODULES, config_uses, import_names
+from common.packing.inspection import ATTRIBUTES, MODULES, config_uses, import_names, logging_uses
 
 Change = Callable[[dict[str, bytes]], None]
 Mutate = Callable[..., Path]
@@ -371,6 +373,67 @@ def test_more_of_configs(mutate: Mutate) -> None:
     assert "configs/more.json: is not the JSON" in problems(mutate(_set("configs/more.json", twice)))
     deep = b"[" * 100_000
     assert "configs/more.json: is not the JSON" in problems(mutate(_set("configs/more.json", deep)))
+
+
+def _logging(section: str, *lines: str) -> str:
+    """A logging configuration that Python takes, with more lines in a section of its own or of the file's."""
+    own = (ROOT / "bundles" / "student" / "configs" / "logging.conf").read_text()
+    header, more = f"[{section}]\n", "".join(f"{line}\n" for line in lines)
+    return own.replace(header, header + more) if header in own else f"{header}{more}\n{own}"
+
+
+def test_own_logging_is_fine(packed: dict[str, Path]) -> None:
+    for path in sorted((ROOT / "bundles").glob("*/configs/logging.conf")):
+        uses = list(logging_uses("logging.conf", path.read_text()))
+        assert {(use.key, use.name, use.fault) for use in uses} == {
+            ("handler_console#class", "StreamHandler", None),
+            ("handler_console#args", "(sys.stdout,)", None),
+        }
+    assert not [
+        use for use in logging_uses("a.conf", _logging("handler_x", "class=NullHandler", "args=()")) if use.fault
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "lines"),
+    [
+        ("DEFAULT", ["evil=',), __import__('os').system('touch RAN'), ('"]),
+        ("DEFAULT", ["args=(__import__('os').system('touch RAN'),)"]),
+        ("DEFAULT", ["defaults=__import__('os').system('touch RAN')"]),
+        ("formatter_plain", ["defaults=__import__('os').system('touch RAN')"]),
+        ("formatter_plain", ["class=antigravity.Formatter"]),
+        ("formatter_plain", ["style={"]),
+        ("handler_console", ["evil=',), __import__('os').system('touch RAN'), ('"]),
+        ("handler_x", ["class=StreamHandler", "args=('%(name)s',)"]),
+        ("handler_x", ["class=StreamHandler", "kwargs={'stream': open('RAN', 'w')}"]),
+        ("handler_x", ["class=FileHandler", "args=('RAN', 'w')"]),
+        ("logger_x", ["level=%(level)s", "handlers=", "qualname=x"]),
+        ("more", ["args=()"]),
+    ],
+)
+def test_logging_that_does_more_is_refused(section: str, lines: list[str]) -> None:
+    assert [use for use in logging_uses("a.conf", _logging(section, *lines)) if use.fault]
+
+
+@pytest.mark.parametrize("attack", ["interpolated", "defaults"])
+def test_programs_in_logging_are_found(attack: str, mutate: Mutate, tmp_path: Path) -> None:
+    ran = tmp_path / "RAN"
+    code = f"__import__('pathlib').Path('{ran}').touch()"
+    text = _logging("formatter_plain", f"defaults={{'a': {code}}}")
+    if attack == "interpolated":
+        text = _logging("DEFAULT", f"evil=',), {code}, ('").replace("(sys.stdout,)", "('%(evil)s',)")
+    config = tmp_path / "logging.conf"
+    config.write_text(text)
+    if attack == "interpolated" or sys.version_info >= (3, 12):  # older ones know no `defaults`
+        subprocess.run(
+            [sys.executable, "-c", f"import logging.config; logging.config.fileConfig({str(config)!r})"],
+            capture_output=True,
+            check=False,
+        )
+        assert ran.exists(), "Python no longer runs it"
+    found = problems(mutate(_set("configs/logging.conf", text.encode())))
+    assert "configs/logging.conf, " in found
+    assert "is more than a log on the screen needs" in found
 
 
 def test_more_can_be_allowed(mutate: Mutate) -> None:

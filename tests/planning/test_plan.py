@@ -69,12 +69,12 @@ def make_datalist(folder: Path, modality: str | dict[str, str] = "MR", **extra: 
 
 def test_plan_of_reoriented_images(tmp_path: Path) -> None:
     plan = make_plan(make_datalist(tmp_path))
-    assert list(plan) == KEYS
+    assert list(plan) == [*KEYS, "edge_kernel"]
     assert plan == json.loads(json.dumps(plan))
     assert (plan["spatial_dims"], plan["channels"]) == (3, 1)
     assert plan["spacing"] == [1.5, 1.0, 6.0]
     assert plan["patch_size"] == [40, 48, 10]
-    assert plan["kernel_sizes"][0] == [3, 3, 1]
+    assert plan["kernel_sizes"][0] == plan["edge_kernel"] == [3, 3, 1]
     assert plan["strides"][:2] == [[1, 1, 1], [2, 2, 1]]
     assert plan["thick_axis"] == 2
     assert plan["intensity"] == {"kind": "zscore"}
@@ -83,12 +83,47 @@ def test_plan_of_reoriented_images(tmp_path: Path) -> None:
     assert plan["features"][0] == 32
 
 
+def test_single_slices_in_three_dimensions(tmp_path: Path) -> None:
+    """nnU-Net plans no 3D network for them, either."""
+    entries = [
+        {
+            key: write(tmp_path / f"{key}s/{index}.nii.gz", np.full((40, 48, 1), index + 1, np.uint8), np.eye(4))
+            for key in ("image", "label")
+        }
+        for index in range(3)
+    ]
+    path = tmp_path / "datalist.json"
+    labels = {"0": "background", "1": "a", "2": "b", "3": "c"}
+    path.write_text(json.dumps({"modality": {"0": "MR"}, "labels": labels, "training": entries}))
+    with pytest.raises(BadInput, match="single slices in files of three dimensions"):
+        make_plan(path)
+
+
+def test_of_equally_thick_axes_the_last_is_the_thick_one(tmp_path: Path) -> None:
+    """nnU-Net's arrays run z, y, x, and it takes the first: a flat patch of cubes is augmented in plane."""
+    image = np.random.default_rng(0).normal(size=(160, 160, 20)).astype(np.float32)
+    label = (image > 0).astype(np.uint8)
+    entry = {
+        "image": write(tmp_path / "images/a.nii.gz", image, np.eye(4)),
+        "label": write(tmp_path / "labels/a.nii.gz", label, np.eye(4)),
+    }
+    path = tmp_path / "datalist.json"
+    content = {"modality": {"0": "MR"}, "labels": {"0": "background", "1": "a"}, "training": [entry]}
+    path.write_text(json.dumps(content))
+    plan = make_plan(path, width=8)
+    assert max(plan["patch_size"]) > 3 * plan["patch_size"][2]
+    assert plan["thick_axis"] == 2
+
+
 def test_width_and_spacing_are_taken(tmp_path: Path) -> None:
     plan = make_plan(make_datalist(tmp_path), width=8, max_width=16, spacing=(3, 2, 6))
     assert plan["spacing"] == [3, 2, 6]
     assert plan["patch_size"][:2] == [20, 24]
     assert plan["features"][:3] == [8, 16, 16]
     assert plan["thick_axis"] is None
+    isotropic = make_plan(tmp_path / "datalist.json", width=8, spacing=(3, 3, 3))
+    assert list(isotropic)[: len(KEYS)] == KEYS
+    assert "edge_kernel" not in isotropic
     with pytest.raises(BadInput, match="3 positive numbers"):
         make_plan(tmp_path / "datalist.json", spacing=(1, 1))
     with pytest.raises(BadInput, match="max width"):
@@ -215,7 +250,14 @@ def test_command_writes_the_plan_and_says_why(tmp_path: Path, capsys: pytest.Cap
     assert run("--datalist", str(path), "--output", str(output), "--memory", "6GB", "--width", "16") == 0
     assert json.loads(output.read_text()) == make_plan(path, width=16, memory=6)
     printed = capsys.readouterr().out
-    for part in ("1.5 x 1 x 6 mm chosen", "40 x 48 x 10 voxels", "6 GB", "flat along axis 2", "chosen: the median"):
+    for part in (
+        "1.5 x 1 x 6 mm chosen",
+        "40 x 48 x 10 voxels",
+        "6 GB",
+        "flat along axis 2",
+        "edge kernel: 3 x 3 x 1",
+        "chosen: the median",
+    ):
         assert part in printed
     assert "target thickness: dense, no unit given, structure 2, scale 3; values 3 to 3 in 2 cases, means 3" in printed
     assert "target severity: mean, no unit given, structure [1, 2], scale 5; 4 to 6 in 2 cases" in printed

@@ -10,8 +10,8 @@ import torch
 from monai.data import MetaTensor
 
 from common.data.datalist import read_grid
-from common.errors import BadInput
-from common.transforms import LoadCased
+from common.errors import BadInput, find_bad_input
+from common.transforms import LoadCased, preprocessing
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
 TARGETS = [
@@ -90,6 +90,15 @@ def test_keys_that_must_be_there(case):
         load({"label": case["label"]})
     with pytest.raises(BadInput, match="neither"):
         LoadCased(("image", "thicknes"), targets=TARGETS)
+
+
+def test_an_image_of_more_axes_than_the_network_has(arrays, tmp_path):
+    path = write(tmp_path / "volume.nii.gz", arrays["image"])
+    assert LoadCased(["image"], dimensions=3)({"image": path})["image"].ndim == 4
+    with pytest.raises(RuntimeError) as caught:
+        preprocessing(["image"], spacing=[1.0, 1.0])({"image": path})
+    message = find_bad_input(caught.value)
+    assert "volume.nii.gz has the shape (6, 5, 4); the network takes images of 2 dimensions" in message
 
 
 def rotated(degrees: float) -> np.ndarray:

@@ -65,12 +65,17 @@ def _first_path(value: PathOrPaths) -> str:
 
 
 def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
-    """The name of a case: the image's file name without its suffix, or the name of a DICOM folder.
+    """The name of a case: its ``case_name``, else the image's file name without its suffix or that of a DICOM folder.
 
     Args:
-        case: a datalist entry (its ``image`` counts), a path, or one path a channel (the first counts).
+        case: an entry or the meta data of a loaded image (whose ``image`` or ``filename_or_obj`` counts where they have
+            no ``case_name``), a path, or one path a channel (the first counts).
     """
-    name = Path(_first_path(case["image"] if isinstance(case, Mapping) else case)).name
+    if isinstance(case, Mapping):
+        if "case_name" in case:
+            return case["case_name"]
+        case = case["image"] if "image" in case else case["filename_or_obj"]
+    name = Path(_first_path(case)).name
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
@@ -650,8 +655,14 @@ def check_output(folder: str | os.PathLike, key: str = "output_dir") -> Path:
     """Create an output folder, which the config calls ``key``, and prove that it can be written.
 
     Raises:
-        BadInput: it can't be created or written.
+        BadInput: it is no path, or can't be created or written.
     """
+    # Not even a whole number passes: what else the config does with the folder would fail on it.
+    if not isinstance(folder, (str, os.PathLike)):
+        raise BadInput(
+            f"{key}: found {folder!r}, expected a path. The command line takes names such as 2024 and 1.10 for "
+            "numbers; write ./ in front of the name, as in ./2024."
+        )
     path = Path(folder).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ _LABEL_SUFFIXES = ("", "_seg", "-seg", "_label", "-label", "_mask", "-mask", "_g
 def patient_of(case: str, pattern: str | None = None) -> str:
     """The patient in a case's name: all up to the first part with a digit in it.
 
-    Parts lie between underscores: ``patient001_frame01`` is of ``patient001``, ``sub-07_ses-2`` of ``sub-07``, and
-    ``hippocampus_001`` a patient of its own.
+    Parts lie between underscores or hyphens: ``patient001_frame01`` is of ``patient001``, ``pat-001-pre`` of
+    ``pat-001``, ``sub-07_ses-2`` of ``sub-07``, and ``hippocampus_001`` a patient of its own.
 
     Args:
         case: the case's name.
@@ -55,11 +56,8 @@ def patient_of(case: str, pattern: str | None = None) -> str:
         if match is None:
             raise BadInput(f"--patient {pattern}: does not fit the case {case!r}.")
         return match.group(1) if match.re.groups else match.group()
-    parts = case.split("_")
-    for index, part in enumerate(parts):
-        if any(character.isdigit() for character in part):
-            return "_".join(parts[: index + 1])
-    return case
+    match = re.match(r"\D*\d[^_-]*", case)
+    return match.group() if match else case
 
 
 def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
@@ -159,7 +157,7 @@ def make_datalist(
     Returns:
         The datalist's content. Unlabelled images of validation patients are left out: the student would learn from the
         anatomy that it is tested on. They are listed under ``left_out``, labels and maps without an image under
-        ``unused``.
+        ``unused``, and the images of nnU-Net's ``imagesTs``, which are left alone, under ``test_images``.
 
     Raises:
         BadInput: a folder is missing or empty, names are ambiguous, or nothing can be split.
@@ -167,8 +165,11 @@ def make_datalist(
     if not 0 <= validation < 1:
         raise BadInput(f"--validation {validation}: expected a share from 0 to below 1, such as 0.2.")
     described: dict[str, Any] = {}
+    test_images: list[Any] = []
     if (images / "imagesTr").is_dir():
-        described = _nnunet_description(images / "dataset.json")
+        described = _nnunet_description(images / "dataset.json", named=bool(names))
+        with suppress(BadInput):  # of images that nobody asked for
+            test_images = [*group_channels([entry["image"] for entry in find_cases(images / "imagesTs")]).values()]
         labels = labels or (images / "labelsTr" if (images / "labelsTr").is_dir() else None)
         images = images / "imagesTr"
     cases = group_channels([entry["image"] for entry in find_cases(images.resolve())])
@@ -204,7 +205,7 @@ def make_datalist(
         content["labels"] = _label_names(names, described.get("labels"), list(label_of.values()))
     if target_of:
         content["targets"] = [{"name": name, "unit": "", "kind": "dense", "missing": 0} for name in target_of]
-    remarks = {"left_out": left_out, "unused": unused}
+    remarks = {"left_out": left_out, "unused": unused, "test_images": test_images}
     return {**content, **sections, **{key: paths for key, paths in remarks.items() if paths}}
 
 
@@ -212,17 +213,19 @@ def _doubtful_patients(content: Mapping[str, Any]) -> str | None:
     """Two cases that may be of one patient, on both sides of the split; None when only the data set's name is alike."""
     entries = [(entry, section) for section in SECTIONS for entry in content.get(section, ())]
     cases = [(case_name(entry), entry["patient"], section) for entry, section in entries]
-    stems = {case: re.split(r"[_-]", case)[0] for case, _, _ in cases}
-    counts = Counter(stems.values())
-    for case, patient, section in cases:
-        if section != "validation" or counts[stems[case]] * 2 > len(cases):
-            continue
-        for other, other_patient, other_section in cases:
-            if other_section != section and stems[other] == stems[case] and other_patient != patient:
-                return (
-                    f"{case} ({section}) and {other} ({other_section}) count as two patients. If they are one, say "
-                    "where a name has its patient, such as --patient '^[^_]+'."
-                )
+    # A name's first part, or all but its last one.
+    for pattern in ("^[^_-]+", "^(.+)[_-]"):
+        stems = {case: patient_of(case, pattern) for case, _, _ in cases if re.search(pattern, case)}
+        counts = Counter(stems[case] for case, _, _ in cases if case in stems)
+        for case, patient, section in cases:
+            if section != "validation" or case not in stems or counts[stems[case]] * 2 > len(cases):
+                continue
+            for other, other_patient, other_section in cases:
+                if other_section != section and stems.get(other) == stems[case] and other_patient != patient:
+                    return (
+                        f"{case} ({section}) and {other} ({other_section}) count as two patients. If they are one, say "
+                        f"where a name has its patient, such as --patient '{pattern}'."
+                    )
     return None
 
 
@@ -259,8 +262,13 @@ def _draw(patients: Sequence[str], share: float, seed: int) -> set[str]:
     return set(random.Random(seed).sample(list(patients), count))
 
 
-def _nnunet_description(path: Path) -> dict[str, Any]:
-    """Labels (name by id) and channels from nnU-Net's ``dataset.json``, version 1 or 2."""
+def _nnunet_description(path: Path, named: bool = False) -> dict[str, Any]:
+    """Labels (name by id) and channels from nnU-Net's ``dataset.json``, version 1 or 2.
+
+    Args:
+        path: the file, which may be absent.
+        named: whether the user names the labels, so that regions of them don't matter.
+    """
     if not path.is_file():
         return {}
     try:
@@ -268,14 +276,22 @@ def _nnunet_description(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"{path}: is not valid JSON ({error}).") from error
     labels = content.get("labels", {})
+    if "ignore" in labels:
+        raise BadInput(
+            f"{path}: the label {labels['ignore']} is `ignore`: nnU-Net's word for voxels that nobody labelled, and "
+            "there is no such label here, it would be trained as a structure. Label these voxels, or give labels to "
+            "completely labelled images only (an image without a file in labelsTr is unlabelled); then take `ignore` "
+            f"out of {path.name}."
+        )
     if labels and all(not str(key).isdigit() for key in labels):  # version 2 maps names to ids
         regions = [name for name, number in labels.items() if not isinstance(number, int)]
-        if regions:
+        if regions and not named:
             raise BadInput(
                 f"{path}: the labels {regions} are regions of several ids, which are not supported; give the ids of "
                 "the label files with --names 1=liver 2=tumour."
             )
-        labels = {str(number): name for name, number in sorted(labels.items(), key=lambda item: item[1])}
+        plain = {name: number for name, number in labels.items() if name not in regions}
+        labels = {str(number): name for name, number in sorted(plain.items(), key=lambda item: item[1])}
     return {"labels": labels, "modality": content.get("channel_names", content.get("modality", {}))}
 
 
@@ -321,7 +337,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--names", nargs="*", default=[], metavar="ID=NAME", help="names of the labels: 1=liver 2=spleen"
     )
     parser.add_argument("--modality", nargs="*", metavar="NAME", help="what the images are, one a channel: CT, MR, PET")
-    parser.add_argument("--patient", metavar="REGEX", help="what in a case's name is the patient: '^[^_]+'")
+    parser.add_argument("--patient", metavar="REGEX", help="what in a case's name is the patient: '^[^_-]+'")
     parser.add_argument("--output", type=Path, default=Path("datalist.json"), help="file to write (datalist.json)")
 
 
@@ -351,7 +367,7 @@ def main(options: argparse.Namespace) -> int:
         options.modality,
         options.patient,
     )
-    left_out, unused = content.pop("left_out", []), content.pop("unused", [])
+    left_out, unused, tests = (content.pop(key, []) for key in ("left_out", "unused", "test_images"))
     check_targets(content.get("targets", []), source="--targets")
     folder = options.output.resolve().parent
     for section in set(SECTIONS) & set(content):
@@ -371,6 +387,11 @@ def main(options: argparse.Namespace) -> int:
         print(f"warning: {len(unused)} labels or maps are of no image, such as {unused[0]}")
     if left_out:
         print(f"left out: {len(left_out)} unlabelled images of validation patients, such as {left_out[0]}")
+    if tests:
+        print(
+            f"not used: {len(tests)} test images in {options.images / 'imagesTs'}; to train on them as unlabelled "
+            "ones, move them to imagesTr"
+        )
     for number, name in content.get("labels", {}).items():
         print(f"label {number}: {name}")
     if content.get("targets"):

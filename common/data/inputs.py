@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,36 +28,59 @@ def _is_dicom(path: Path) -> bool:
         return file.read(4) == b"DICM"
 
 
-def _check_names(cases: Sequence[Mapping[str, Any]]) -> None:
-    found: dict[str, Any] = {}
-    for case in cases:
-        name = case_name(case)
-        if name in found:
+def _with_names(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cases whose names are alike get the names of parent folders in front: of one, or of as few as tell them apart."""
+    named = [dict(case) for case in cases]
+    taken = Counter(map(case_name, cases))
+    for name in [name for name, count in taken.items() if count > 1]:
+        alike = [case for case in named if case_name(case) == name]
+        images = [case["image"] if isinstance(case["image"], str) else case["image"][0] for case in alike]
+        parents = [Path(image).absolute().parts[1:-1][::-1] for image in images]
+        levels = range(max(map(len, parents)))
+        for chosen in (*(slice(level, level + 1) for level in levels), *(slice(level + 1) for level in levels)):
+            names = ["_".join((*reversed(folders[chosen]), name)) for folders in parents]
+            if len(set(names)) == len(names) and not taken.keys() & names:
+                break
+        else:
             raise BadInput(
-                f"{found[name]} and {case['image']} are both named {name!r}, and what is written for one would replace "
-                "what is written for the other. Rename one of them, or give them one by one, each an output folder."
+                f"{' and '.join(images[:2])} are both named {name!r}, and what is written for one would replace what "
+                "is written for the other. Rename one of them, or give them one by one, each an output folder."
             )
-        found[name] = case["image"]
+        for case, new in zip(alike, names, strict=True):
+            case["case_name"] = new
+        taken.update(names)
+    return named
 
 
 def find_cases(
-    source: str | Path | None, channels: int = 1, output_dir: str | Path | None = None
+    source: str | Path | int | None, channels: int = 1, output_dir: str | Path | None = None
 ) -> list[dict[str, str | list[str]]]:
     """The entries ``{"image": path}`` that ``source`` stands for; the path is a list where each channel has a file.
 
+    Entries whose files or folders have one name are told apart by a ``case_name``, with parent folders in front.
+
     Args:
         source: a volume (NIfTI, NRRD, MetaImage), a folder of volumes, a folder that is a DICOM series, a folder with
-            such folders at any depth, or a datalist (JSON), whose ``testing`` entries are taken.
+            such folders at any depth, or a datalist (JSON), whose ``testing`` entries are taken. A whole number is a
+            folder's name, which MONAI's command line takes for a number.
         channels: channels of an image. With more than one, files named ``<case>_0000.nii.gz``, ``<case>_0001.nii.gz``
             and so on, nnU-Net's raw layout, are the channels of one case.
         output_dir: where results will go; must not be the folder that is searched. Nothing is searched for in it.
 
     Raises:
-        BadInput: nothing is given, nothing is there, it holds no image, a folder holds both DICOM files and volumes or
-            further series, cases share a name or lack a channel, or results would lie among the inputs.
+        BadInput: nothing is given, it is no path, nothing is there, it holds no image, a folder holds both DICOM files
+            and volumes or further series, cases of one folder share a name or lack a channel, or results would lie
+            among the inputs.
     """
     if source is None:
         raise BadInput("input: not given. Use --input with a file, a folder of files, or a DICOM series.")
+    if isinstance(source, int) and not isinstance(source, bool):
+        source = str(source)
+    if not isinstance(source, (str, Path)):
+        raise BadInput(
+            f"input: found {source!r}, expected a path. The command line takes names such as 1.10 for numbers; write "
+            "./ in front of the name, as in ./1.10."
+        )
     path = Path(source).expanduser()
     if not path.exists():
         raise BadInput(f"input: {path} does not exist.")
@@ -79,8 +103,7 @@ def find_cases(
                 "file there could be replaced. Choose another folder."
             )
         cases = _in_folder(path, channels, results)
-    _check_names(cases)
-    return cases
+    return _with_names(cases)
 
 
 def _in_folder(folder: Path, channels: int, results: Path | None) -> list[dict[str, str | list[str]]]:

@@ -14,6 +14,7 @@ from ..errors import BadInput
 __all__ = ["read_json_words", "running_config"]
 
 _JSON_WORDS = {"null": None, "true": True, "false": False}
+_PATHS = ("input", "output_dir", "ckpt_dir", "dataset_dir")  # a folder may be called 2024
 
 
 def _running_parser() -> ConfigParser | None:
@@ -30,8 +31,9 @@ def _running_parser() -> ConfigParser | None:
 def read_json_words() -> None:
     """Make of the texts ``null``, ``true`` and ``false`` in the running config what they say in JSON.
 
-    MONAI's command line hands these words on as texts, and the text ``"false"`` counts as true in Python. Called before
-    anything else of the config is made.
+    MONAI's command line hands these words on as texts, and the text ``"false"`` counts as true in Python. The name of a
+    folder that is a whole number it hands on as that number, which becomes the name again. Called before anything else
+    of the config is made.
 
     Raises:
         BadInput: the command line gives an option the value ``None``, which MONAI drops as if it had not been given.
@@ -43,8 +45,12 @@ def read_json_words() -> None:
     if parser is None:
         return
     parser.config = _with_words_read(parser.config)
-    for item in parser.ref_resolver.items.values():
-        item.update_config(_with_words_read(item.get_config()))
+    for name in _PATHS:
+        if type(parser.config.get(name)) is int:
+            parser.config[name] = str(parser.config[name])
+    for name, item in parser.ref_resolver.items.items():
+        value = _with_words_read(item.get_config())
+        item.update_config(str(value) if name in _PATHS and type(value) is int else value)
 
 
 def _with_words_read(config: Any) -> Any:

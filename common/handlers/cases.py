@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 
 from ..errors import BadInput
 
-__all__ = ["array", "case_file", "cases_of", "is_main", "number"]
+__all__ = ["array", "case_file", "case_meta", "cases_of", "is_main", "number"]
 
 
 def cases_of(engine: Engine) -> list[dict[str, Any]]:
@@ -29,10 +29,15 @@ def cases_of(engine: Engine) -> list[dict[str, Any]]:
 
 def case_file(case: Mapping[str, Any]) -> str:
     """Path of the case's image, as the loader noted it."""
+    return str(case_meta(case)["filename_or_obj"])
+
+
+def case_meta(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Meta data of the case's image, which :func:`common.data.case_name` takes."""
     for key in ("image", "segmentation", "reference"):
         tensor = case.get(key)
         if isinstance(tensor, MetaTensor) and tensor.meta.get("filename_or_obj"):
-            return str(tensor.meta["filename_or_obj"])
+            return tensor.meta
     raise BadInput(
         "a case does not know its file: none of `image`, `segmentation` and `reference` carries `filename_or_obj`. "
         "Load the images with meta data (LoadImaged, image_only=True)."

@@ -16,7 +16,7 @@ from .. import __version__
 from ..data.datalist import case_name, describe_error, dicom_files
 from ..errors import BadInput
 from ..files import write_atomically
-from .cases import array, case_file, cases_of, is_main
+from .cases import array, case_file, case_meta, cases_of, is_main
 
 __all__ = ["DicomSegWriter", "dicom_segmentation"]
 
@@ -167,4 +167,4 @@ class DicomSegWriter:
         for case in cases_of(engine):
             folder, buffer = case_file(case), io.BytesIO()
             dicom_segmentation(case[self.prediction_key], folder, self.labels, self.algorithm).save_as(buffer)
-            write_atomically(self.output_dir / f"{case_name(folder)}_seg.dcm", buffer.getvalue())
+            write_atomically(self.output_dir / f"{case_name(case_meta(case))}_seg.dcm", buffer.getvalue())

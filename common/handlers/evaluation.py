@@ -1,8 +1,8 @@
 """Write what an evaluation found, and a case's numbers at inference.
 
 The reference comes from the keys ``reference`` (label map) and ``reference_<target>`` (dense target) of the evaluator's
-batch or output: the files as they are, loaded by a ``LoadImaged`` in the dataset's transforms that nothing reorients,
-resamples or crops. So every figure is formed on the grid the image came with.
+batch or output: the files as they are, loaded by ``load_references`` in the dataset's transforms; nothing reorients,
+resamples or crops them. So every figure is formed on the grid the image came with.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..metrics import (
 )
 from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
-from .cases import array, case_file, cases_of, is_main, number
+from .cases import array, case_file, case_meta, cases_of, is_main, number
 
 __all__ = ["CaseJsonWriter", "EvaluationWriter"]
 
@@ -389,4 +389,4 @@ class CaseJsonWriter:
 
     def __call__(self, engine: Engine) -> None:
         for case in cases_of(engine):
-            write_atomically(self.output_dir / f"{case_name(case_file(case))}.json", _to_json(case[self.result_key]))
+            write_atomically(self.output_dir / f"{case_name(case_meta(case))}.json", _to_json(case[self.result_key]))

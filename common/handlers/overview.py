@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from ..data.datalist import case_name
 from ..targets import dense_names, is_dense, structure_ids
-from .cases import array, case_file, cases_of, is_main
+from .cases import array, case_meta, cases_of, is_main
 from .pictures import DOTS_PER_INCH, _draw_contours, _save, _show
 
 __all__ = ["CaseOverview", "save_case_overview"]
@@ -245,7 +245,7 @@ class CaseOverview:
         if not is_main():
             return
         for case in cases_of(engine):
-            name, image, found = case_name(case_file(case)), case[self.image_key], case[self.prediction_key]
+            name, image, found = case_name(case_meta(case)), case[self.image_key], case[self.prediction_key]
             names = dense_names(self.targets)
             save_case_overview(
                 self.output_dir / f"{name}_overview.png",

@@ -92,6 +92,8 @@ class LoadCased(MapTransform):
         image_path = case["image"]
         if "image" in self.keys:
             case["image"] = self._image(image_path)
+            if "case_name" in case:  # results know their case by their meta data alone
+                case["image"].meta["case_name"] = case["case_name"]
             grid = _grid(case["image"])
         else:
             grid = read_grid(image_path)
@@ -122,8 +124,8 @@ class LoadCased(MapTransform):
             )
         if self.dimensions is not None and image.ndim - 1 != self.dimensions:
             raise BadInput(
-                f"image {_path(path)} has the shape {tuple(image.shape[1:])}; the network takes images of "
-                f"{self.dimensions} dimensions"
+                f"{_path(path)} has the shape {tuple(image.shape[1:])}; the network takes images of {self.dimensions} "
+                "dimensions"
             )
         if self.channels is not None and image.shape[0] != self.channels:
             raise BadInput(f"image {_path(path)} has {image.shape[0]} channel(s); the network takes {self.channels}")

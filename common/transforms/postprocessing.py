@@ -5,30 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from monai.transforms import (
-    AsDiscreted,
-    Compose,
-    CopyItemsd,
-    KeepLargestConnectedComponentd,
-    LoadImaged,
-    SaveImaged,
-)
+from monai.transforms import AsDiscreted, Compose, KeepLargestConnectedComponentd
 
-from ..data.datalist import case_name
 from ..switches import is_on
 from ..targets import dense_names
+from .loading import LoadReferencesd
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 from .restoring import RestoreGridd
+from .saving import SaveNiftid
 
 __all__ = ["load_references", "monitor_postprocessing", "postprocessing"]
 
 Target = Mapping[str, Any]
-
-
-def _output_name(meta: Mapping[str, Any] | None, saver: Callable) -> dict[str, Any]:
-    """MONAI's writer cuts a name at its last dot, which would give DICOM folders named by their UID one name."""
-    # The suffix is there to be cut off.
-    return {"subject": f"{case_name((meta or {}).get('filename_or_obj', 'case'))}.nii", "idx": None}
 
 
 def monitor_postprocessing(num_classes: int, targets: Sequence[Target] = ()) -> Compose:
@@ -39,15 +27,9 @@ def monitor_postprocessing(num_classes: int, targets: Sequence[Target] = ()) -> 
     return Compose(steps)
 
 
-def load_references(targets: Sequence[Target] = ()) -> Compose:
+def load_references(targets: Sequence[Target] = ()) -> LoadReferencesd:
     """Load the files to compare with as they are, under ``reference`` and ``reference_<target>``."""
-    names = {"label": "reference", **{name: f"reference_{name}" for name in dense_names(targets)}}
-    return Compose(
-        [
-            CopyItemsd(list(names), names=list(names.values()), allow_missing_keys=True),
-            LoadImaged(list(names.values()), ensure_channel_first=True, image_only=True, allow_missing_keys=True),
-        ]
-    )
+    return LoadReferencesd(targets)
 
 
 def postprocessing(
@@ -86,21 +68,7 @@ def postprocessing(
         steps.append(GeometricThicknessd(**geometric))
     steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]
     if output_dir is not None:
-        label_type = "uint8" if len(labels) <= 256 else "int16"
-        saved = {"segmentation": "seg"} if segments else {}
-        saved.update({f"{name}_pred": name for name in dense_names(targets)})
-        steps += [
-            SaveImaged(
-                key,
-                output_dir=output_dir,
-                output_postfix=postfix,
-                output_ext=".nii.gz",
-                output_dtype=label_type if key == "segmentation" else "float32",
-                resample=False,
-                separate_folder=False,
-                output_name_formatter=_output_name,
-                print_log=False,
-            )
-            for key, postfix in saved.items()
-        ]
+        if segments:
+            steps.append(SaveNiftid("segmentation", output_dir, "seg", "uint8" if len(labels) <= 256 else "int16"))
+        steps += [SaveNiftid(f"{name}_pred", output_dir, name, "float32") for name in dense_names(targets)]
     return Compose(steps)

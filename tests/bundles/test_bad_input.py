@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from bundle_runs import Chain, config, run
+from bundle_runs import PLAN, Chain, config, run
+from monai.bundle import ConfigParser
 
 from common.errors import find_bad_input
 from common.networks import SegmentationNetwork, save_weights
@@ -31,8 +33,13 @@ def edit_datalist(data: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content))
 
 
-def first(data: Path, key: str) -> Path:
-    return data / json.loads((data / "datalist.json").read_text())["training"][0][key]
+def first(data: Path, key: str, section: str = "training") -> Path:
+    return data / json.loads((data / "datalist.json").read_text())[section][0][key]
+
+
+def cut(path: Path) -> None:
+    """Leave the header and the first voxels, as a copy that was stopped does."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def rewrite(path: Path, change: Callable[[np.ndarray], np.ndarray], affine: np.ndarray | None = None) -> None:
@@ -168,8 +175,7 @@ def test_weights_trained_with_other_settings(
 def test_a_reference_with_unknown_labels_is_not_evaluated(
     data: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
 ) -> None:
-    label = data / json.loads((data / "datalist.json").read_text())["validation"][0]["label"]
-    rewrite(label, lambda array: np.where(array == 2, 7, array).astype(np.uint8))
+    rewrite(first(data, "label", "validation"), lambda array: np.where(array == 2, 7, array).astype(np.uint8))
     weights = {"ckpt_dir": str(chain.model("teacher").parent), "output_dir": str(tmp_path / "out")}
     with pytest.raises(Exception) as caught:  # noqa: PT011
         workflow("teacher", names=("train.json", "evaluate.json"), dataset_dir=str(data), **weights)
@@ -265,3 +271,117 @@ def test_the_command_line_says_it_plainly(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "error: " in done.stderr
     assert str(tmp_path / "absent") in done.stderr
+
+
+UNUSABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (cut, "can't be read (EOFError"),
+    "NaN": (lambda path: rewrite(path, with_nan), "has 1 NaN or infinite voxels"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_an_unlabelled_image_that_cannot_be_learnt_from(
+    name: str, data: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil, words = UNUSABLE[name]
+    spoil(first(data, "image", "unlabeled"))
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow(
+            "student",
+            dataset_dir=str(data),
+            teacher_path=str(chain.model("teacher")),
+            output_dir=str(tmp_path / "out"),
+            ckpt_dir=str(tmp_path / "models"),
+        )
+    message = find_bad_input(caught.value)
+    assert message is not None, caught.value
+    assert f"{first(data, 'image', 'unlabeled')} {words}" in message
+    assert not (tmp_path / "models" / "model.pt").exists()
+
+
+@pytest.mark.parametrize(("key", "name"), [("image", "truncated"), ("image", "NaN"), ("thickness", "truncated")])
+def test_a_case_that_cannot_be_evaluated(
+    key: str, name: str, data: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    spoil, words = UNUSABLE[name]
+    spoil(first(data, key, "validation"))
+    weights = {"ckpt_dir": str(chain.model("dual_decoder").parent), "output_dir": str(tmp_path / "out")}
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        workflow("dual_decoder", names=("train.json", "evaluate.json"), dataset_dir=str(data), **weights)
+    message = find_bad_input(caught.value)
+    assert message is not None, caught.value
+    assert f"{key} {first(data, key, 'validation')} {words}".removeprefix("image ") in message
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_truncated_reference_is_named_by_the_command_line(data: Path, chain: Chain, tmp_path: Path) -> None:
+    label = first(data, "label", "validation")
+    cut(label)
+    done = run(
+        [config("teacher", "train.json"), config("teacher", "evaluate.json"), str(chain.plan)],
+        {
+            "dataset_dir": str(data),
+            "ckpt_dir": str(chain.model("teacher").parent),
+            "output_dir": str(tmp_path / "out"),
+            "device": "cpu",
+            "amp": False,
+        },
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"error: label {label} can't be read (EOFError" in done.stderr
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+@contextmanager
+def full_disk(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file of a process that is started here may grow beyond ``size`` bytes, as on a disk that fills up."""
+    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
+    # Python would leave half of a module's compiled code for the next process to import.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_at_inference_by_the_command_line(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = ConfigParser()
+    parser.read_config([config("dual_decoder", "inference.json")])
+    parser.update(PLAN)
+    torch.manual_seed(0)
+    save_weights(parser.get_parsed_content("network_def"), tmp_path / "models" / "model.pt")
+    scans, output = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    noise = np.random.default_rng(0).integers(-1000, 200, (24, 24, 24)).astype(np.int16)
+    for name, voxels in (("a", noise), ("b", noise[:4, :4, :4]), ("c", noise)):
+        nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), scans / f"{name}.nii.gz")
+    output.mkdir()
+    older = b"a label of last week"
+    (output / "c_seg.nii.gz").write_bytes(older)
+    with full_disk(1000, monkeypatch):
+        done = run(
+            [config("dual_decoder", "inference.json"), str(plan)],
+            {
+                "input": str(scans),
+                "output_dir": str(output),
+                "ckpt_dir": str(tmp_path / "models"),
+                "device": "cpu",
+                "amp": False,
+            },
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "error: 2 of 3 cases failed" in done.stderr
+    for name in ("a", "c"):
+        reason = f"{scans / name}.nii.gz: {output / name}_seg.nii.gz: can't be written (File too large)"
+        assert f"\n  {reason}" in done.stderr
+    # Nothing of the case that could not be written, all of the small one, and what was there.
+    written = ["b.json", "b_seg.nii.gz", "b_thickness.nii.gz", "c_seg.nii.gz"]
+    assert sorted(path.name for path in output.iterdir()) == written
+    assert (output / "c_seg.nii.gz").read_bytes() == older
+    assert nibabel.load(output / "b_thickness.nii.gz").get_fdata().shape == (4, 4, 4)

@@ -43,6 +43,10 @@ def folder(tmp_path: Path) -> Path:
         ("hippocampus_001", "hippocampus_001"),
         ("liver_12_followup", "liver_12"),
         ("scan", "scan"),
+        ("pat-001-pre", "pat-001"),
+        ("sub-01_ses-2_T1w", "sub-01"),
+        ("case-1", "case-1"),
+        ("site-a_12-pre", "site-a_12"),
     ],
 )
 def test_patient_in_a_name(case: str, patient: str) -> None:
@@ -100,6 +104,45 @@ def test_nnunet_raw_layout(tmp_path: Path) -> None:
     assert [Path(path).name for path in content["unlabeled"][0]["image"]] == ["c_3_0000.nii.gz", "c_3_0001.nii.gz"]
 
 
+def nnunet(folder: Path, labels: dict[str, object]) -> Path:
+    for case in ("a_1", "b_2"):
+        write(folder / "imagesTr" / f"{case}_0000.nii.gz")
+        write(folder / "labelsTr" / f"{case}.nii.gz", (0, 1, 2))
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
+    return folder
+
+
+@pytest.mark.parametrize("names", [None, {1: "tumour"}])
+def test_nnunet_s_ignore_label_is_refused(tmp_path: Path, names: dict[int, str] | None) -> None:
+    folder = nnunet(tmp_path, {"background": 0, "tumour": 1, "ignore": 2})
+    with pytest.raises(BadInput, match=r"dataset\.json: the label 2 is `ignore`.*nobody labelled.*take `ignore` out"):
+        make_datalist(folder, names=names)
+
+
+def test_nnunet_s_regions_are_of_no_account_where_labels_are_named(tmp_path: Path) -> None:
+    folder = nnunet(tmp_path, {"background": 0, "whole": [1, 2], "core": 2})
+    with pytest.raises(BadInput, match=r"\['whole'\] are regions.*--names"):
+        make_datalist(folder)
+    labels = make_datalist(folder, names={1: "edema", 2: "core"})["labels"]
+    assert labels == {"0": "background", "1": "edema", "2": "core"}
+
+
+def test_nnunet_s_test_images_are_left_alone_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nnunet(tmp_path, {"background": 0, "tumour": 1, "core": 2})
+    arguments = ["datalist", "--images", str(folder), "--output"]
+    assert main([*arguments, f"{folder}/a.json"]) == 0
+    assert "not used" not in capsys.readouterr().out
+    (folder / "imagesTs").mkdir()
+    assert main([*arguments, f"{folder}/b.json"]) == 0
+    assert "not used" not in capsys.readouterr().out
+    for name in ("c_0000", "c_0001", "d_0000", "d_0001"):
+        write(folder / "imagesTs" / f"{name}.nii.gz")
+    assert main([*arguments, f"{folder}/c.json"]) == 0
+    assert f"not used: 2 test images in {folder}/imagesTs; to train on them" in capsys.readouterr().out
+    assert "imagesTs" not in (folder / "c.json").read_text()
+    assert "test_images" not in (folder / "c.json").read_text()
+
+
 def test_names_that_are_ambiguous() -> None:
     with pytest.raises(BadInput, match="same name"):
         group_channels(["x/a.nii.gz", "x/a.mha"])
@@ -152,6 +195,33 @@ def test_names_that_may_be_of_one_patient_are_shown(tmp_path: Path, capsys: pyte
     assert "count as two patients" in capsys.readouterr().out
     assert main([*arguments, f"{tmp_path}/b.json", "--patient", "^[^_]+"]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("separator", "-_")
+def test_names_with_hyphens(tmp_path: Path, capsys: pytest.CaptureFixture[str], separator: str) -> None:
+    """One patient isn't on both sides where names have numbers, and is warned of where they have none."""
+    for case in ("anna", "berta", "carla", "dora"):
+        for scan in ("pre", "post"):
+            for kind in ("images", "labels"):
+                number = separator.join(("pat", f"00{'abcd'.index(case[0])}", scan))
+                write(tmp_path / "numbers" / kind / f"{number}.nii.gz")
+                write(tmp_path / "words" / kind / f"{separator.join(('pat', case, scan))}.nii.gz")
+    for seed in range(4):
+        numbers = make_datalist(tmp_path / "numbers/images", tmp_path / "numbers/labels", seed=seed)
+        held_out = {entry["patient"] for entry in numbers["validation"]}
+        assert len(numbers["validation"]) == 2
+        assert len(held_out) == 1
+        assert not held_out & {entry["patient"] for entry in numbers["training"]}
+    for name, warned in (("numbers", False), ("words", True)):
+        folder = tmp_path / name
+        arguments = ["datalist", "--images", f"{folder}/images", "--labels", f"{folder}/labels"]
+        arguments += ["--validation", "0.1", "--output"]
+        assert main([*arguments, f"{folder}/a.json"]) == 0
+        printed = capsys.readouterr().out
+        assert ("count as two patients" in printed) == warned
+        assert ("--patient '^(.+)[_-]'" in printed) == warned
+        assert main([*arguments, f"{folder}/b.json", "--patient", "^(.+)[_-]"]) == 0
+        assert "warning" not in capsys.readouterr().out
 
 
 def test_dicom_series_are_of_the_patient_in_their_header(tmp_path: Path) -> None:

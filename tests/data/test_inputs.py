@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
+from ignite.engine import Engine
+from monai.data import decollate_batch, list_data_collate
 
-from common.data import find_cases
+from common.data import case_name, check_output, find_cases
 from common.errors import BadInput
+from common.handlers import CaseJsonWriter
+from common.handlers.cases import case_file
+from common.transforms.loading import LoadCased
+from common.transforms.saving import SaveNiftid
 
 
 def touch(*paths: Path) -> None:
@@ -50,9 +58,49 @@ def test_nested_series_as_archives_export_them(tmp_path: Path) -> None:
     dicom(tmp_path / "DICOMDIR")  # the index of an archive's export
     (tmp_path / "p2/loop").symlink_to(tmp_path)
     assert names(find_cases(tmp_path, output_dir=tmp_path / "out")) == ["series 1", "series 2", "1.2.3"]
-    dicom(tmp_path / "p3/study/1.2.3/IM1")
-    with pytest.raises(BadInput, match=r"p2/study/1\.2\.3 and .*p3/study/1\.2\.3 are both named '1\.2\.3'"):
-        find_cases(tmp_path, output_dir=tmp_path / "out")
+    cases = find_cases(tmp_path, output_dir=tmp_path / "out")
+    assert [case_name(case) for case in cases] == ["series 1", "series 2", "1.2.3"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        ("p1/study/SE1 p2/study/SE1 p2/study/SE2", "p1_SE1 p2_SE1 SE2"),
+        ("p1/a/SE1 p1/b/SE1", "a_SE1 b_SE1"),
+        ("p1/a/SE1 p1/b/SE1 p2/a/SE1", "p1_a_SE1 p1_b_SE1 p2_a_SE1"),
+        ("a_SE1 p1/a/SE1 p1/b/SE1", "a_SE1 p1_a_SE1 p1_b_SE1"),
+        ("p/SE1 p1/study/SE1", "p_SE1 study_SE1"),
+        ("a/x/S a/y/S a/x/x_S a/y/x_S", "x_S"),
+    ],
+)
+def test_cases_of_one_name_get_their_folders_in_front(tmp_path: Path, folders: str, expected: str) -> None:
+    for folder in folders.split():
+        dicom(tmp_path / folder / "IM1")
+    cases = find_cases(tmp_path)
+    called = [case_name(case) for case in cases]
+    assert [str(Path(case["image"]).relative_to(tmp_path)) for case in cases] == sorted(folders.split())
+    assert len(set(called)) == len(cases)
+    if len(expected.split()) > 1:
+        assert called == expected.split()
+
+
+def test_a_name_with_folders_in_front_is_that_of_the_files(tmp_path: Path) -> None:
+    entries = []
+    for patient in ("p1", "p2"):
+        (tmp_path / patient).mkdir()
+        nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), tmp_path / patient / "ct.nii.gz")
+        entries.append({"image": f"{patient}/ct.nii.gz"})
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"testing": entries}))
+    loaded = [decollate_batch(list_data_collate([LoadCased(["image"])(case)]))[0] for case in find_cases(path)]
+    for case in loaded:
+        SaveNiftid("image", tmp_path / "out", "seg", "uint8")(case)
+        engine = Engine(lambda *_: None)
+        engine.state.output, engine.state.batch = {"image": case["image"], "result": {}}, None
+        CaseJsonWriter(tmp_path / "out")(engine)
+    expected = ["p1_ct.json", "p1_ct_seg.nii.gz", "p2_ct.json", "p2_ct_seg.nii.gz"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == expected
+    assert [case_file(case) for case in loaded] == [str(tmp_path / entry["image"]) for entry in entries]
 
 
 @pytest.mark.parametrize("volume", ["a.nii.gz", "zz.mha", "deeper/series/IM1"])
@@ -113,6 +161,21 @@ def test_results_do_not_go_among_the_inputs(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"output_dir: .*scans is the input's own folder"):
         find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/../scans")
     assert len(find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/results")) == 2
+
+
+def test_names_that_the_command_line_takes_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "4711/a.nii.gz", tmp_path / "1.10/b.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    assert find_cases(4711) == [{"image": "4711/a.nii.gz"}]
+    assert find_cases("./1.10") == [{"image": "1.10/b.nii.gz"}]
+    for value in (1.1, True, ("a", "b")):
+        with pytest.raises(BadInput, match=r"input: found .*, expected a path.*write \./ in front"):
+            find_cases(value)
+    for value in (2024, 1.1):
+        with pytest.raises(BadInput, match=rf"output_dir: found {value}, expected a path.*as in \./2024"):
+            check_output(value)
+    assert not (tmp_path / "2024").exists()
+    assert check_output("./2024").is_dir()
 
 
 def test_what_can_t_be_used(tmp_path: Path) -> None:

@@ -59,6 +59,22 @@ def test_the_command_lines_words_are_read_as_json() -> None:
     assert parser.get_parsed_content("options") == options
 
 
+def test_a_folder_may_be_named_by_a_number() -> None:
+    parser = ConfigParser(
+        {
+            "ckpt_dir": "models",
+            "seed": 0,
+            "model": "$@ckpt_dir + '/model.pt'",
+            "initialize": ["$__import__('common.engines').engines.start(None)"],
+        }
+    )
+    parser.update({"ckpt_dir": 2024, "seed": 7})
+    parser.parse(reset=True)
+    parser.get_parsed_content("initialize#0")
+    assert parser.get_parsed_content("model") == "2024/model.pt"
+    assert parser.get_parsed_content("seed") == 7
+
+
 def test_none_on_the_command_line_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bundle", "run", "--scale", "None"])
     with pytest.raises(BadInput, match=r"--scale None: .*Write null"):

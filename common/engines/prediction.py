@@ -115,5 +115,5 @@ def predict(evaluator: Evaluator, cases: Sequence[Mapping[str, Any]]) -> None:
         listed = "\n  ".join(failures)
         raise BadInput(
             f"{len(failures)} of {len(cases)} cases failed, the others are written:\n  {listed}\n"
-            "Correct or remove these files, and run again with them alone."
+            "Correct what is named, and run these cases again."
         )

@@ -43,10 +43,12 @@ def bundle_root(name: str, stamp: str | None = None) -> str:
 
 
 def unload() -> None:
-    """Forget a packed bundle's code when its run has ended, so that the next one in this process finds its own."""
+    """Forget a packed bundle's code when its run has ended, so that the next one in this process finds its own.
+
+    MONAI puts the folder of the bundle that it runs first on Python's path. It stays there: who put it there may take
+    it away, as MONAI Label does.
+    """
     if __name__ != f"{_CARRIED}.common":
         return
-    root = str(Path(__file__).absolute().parents[2])
-    sys.path[:] = [path for path in sys.path if path != root]
     for module in [name for name in sys.modules if name.split(".")[0] == _CARRIED]:
         del sys.modules[module]

@@ -24,9 +24,13 @@ def doubts(findings: Findings) -> list[str]:
     """A sentence for each thing that looks wrong, with the cases and what to do. Empty when nothing does."""
     return [
         sentence
-        for check in (_single_slices, _orientations, _spacings, _labels, _hounsfield_units, _target_units)
+        for check in (_misfits, _single_slices, _orientations, _spacings, _labels, _hounsfield_units, _target_units)
         for sentence in check(findings)
     ]
+
+
+def _all(findings: Findings) -> list[Case]:
+    return [*findings.cases, *findings.others]
 
 
 def _names(cases: Sequence[Case]) -> str:
@@ -34,8 +38,13 @@ def _names(cases: Sequence[Case]) -> str:
     return ", ".join(case.name for case in cases[:SHOWN]) + more
 
 
+def _misfits(findings: Findings) -> list[str]:
+    more = len(findings.misfits) - SHOWN
+    return findings.misfits[:SHOWN] + ([f"{more} more images of other sections can't be used."] if more > 0 else [])
+
+
 def _single_slices(findings: Findings) -> list[str]:
-    flat = [case for case in findings.cases if len(case.shape) == 3 and case.shape.min() == 1]
+    flat = [case for case in _all(findings) if len(case.shape) == 3 and case.shape.min() == 1]
     if not flat:
         return []
     return [
@@ -45,11 +54,11 @@ def _single_slices(findings: Findings) -> list[str]:
 
 
 def _orientations(findings: Findings) -> list[str]:
-    counts = Counter(case.orientation for case in findings.cases)
+    counts = Counter(case.orientation for case in _all(findings))
     if len(counts) < 2:
         return []
     most = counts.most_common(1)[0][0]
-    others = [case for case in findings.cases if case.orientation != most]
+    others = [case for case in _all(findings) if case.orientation != most]
     found = ", ".join(f"{count} of {letters}" for letters, count in counts.most_common())
     return [
         f"mixed orientations: {found}; not {most}: {_names(others)}. All are brought to one by their headers: look "
@@ -58,16 +67,15 @@ def _orientations(findings: Findings) -> list[str]:
 
 
 def _spacings(findings: Findings) -> list[str]:
-    spacings = findings.spacings
-    ratio = spacings / np.median(spacings, axis=0)
+    median = np.median(findings.spacings, axis=0)
     other = [
         case
-        for case, row in zip(findings.cases, ratio, strict=True)
-        if (row > OTHER_SPACING).any() or (row < 1 / OTHER_SPACING).any()
+        for case in _all(findings)
+        if (case.spacing / median > OTHER_SPACING).any() or (median / case.spacing > OTHER_SPACING).any()
     ]
     return [
         f"{case.name}: voxels of {' x '.join(f'{size:g}' for size in case.spacing)} mm, the median is "
-        f"{' x '.join(f'{size:g}' for size in np.median(spacings, axis=0))}. Check its header, or leave it out."
+        f"{' x '.join(f'{size:g}' for size in median)}. Check its header, or leave it out."
         for case in other[:SHOWN]
     ] + ([f"{len(other) - SHOWN} more cases with another voxel size."] if len(other) > SHOWN else [])
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from ..data.datalist import case_name, load_section, read_grid
+from ..data.datalist import SECTIONS, case_name, load_section, read_grid
 from ..errors import BadInput
 from ..targets import check_targets, dense_names, is_dense
 from ..transforms.loading import LoadCased
@@ -68,6 +68,9 @@ class Findings:
         cases: in the datalist's order.
         foreground: sampled intensities of labelled voxels by channel, of channels that are CT.
         targets: complete descriptions of the regression targets.
+        others: the cases of the other sections that fit the training cases, from their headers alone. They decide
+            nothing, but a student learns from them, and a network is judged by them.
+        misfits: what is wrong with the rest of those, a sentence each.
     """
 
     spatial_dims: int
@@ -77,6 +80,8 @@ class Findings:
     cases: list[Case]
     foreground: dict[int, np.ndarray] = field(default_factory=dict)
     targets: list[dict[str, Any]] = field(default_factory=list)
+    others: list[Case] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
 
     @property
     def ct(self) -> list[bool]:
@@ -107,7 +112,7 @@ def modalities(content: Mapping[str, Any]) -> list[str]:
 
 
 def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
-    """Read the training cases of a datalist, headers first, then voxels.
+    """Read the cases of a datalist: every header, then the voxels of the training cases.
 
     Args:
         content: what :func:`common.data.read_datalist` returned.
@@ -124,6 +129,7 @@ def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
     entries = load_section(content, "training", keys=("image",), optional=("label", *names))
     findings = _read_headers(content, entries, labels)
     findings.targets = targets
+    _read_other_headers(content, findings)
     _read_voxels(content, entries, findings, progress)
     for target in targets:
         _complete(target, findings.cases)
@@ -143,21 +149,10 @@ def _labels(content: Mapping[str, Any]) -> dict[str, str]:
 def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], labels: dict[str, str]) -> Findings:
     cases, channels, ranks = [], {}, {}
     for entry in entries:
-        grid = read_grid(entry["image"])
-        rank = len(grid.shape)
-        order = np.argsort(nib.orientations.io_orientation(grid.affine)[:rank, 0], kind="stable")
-        cases.append(
-            Case(
-                name=case_name(entry),
-                shape=np.asarray(grid.shape)[order],
-                spacing=np.linalg.norm(grid.affine[:3, :3], axis=0)[:rank][order],
-                axes=order,
-                orientation="".join(str(letter) for letter in nib.aff2axcodes(grid.affine))[:rank],
-                annotated=entry.get("annotated"),
-            )
-        )
-        channels.setdefault(grid.channels, case_name(entry))
-        ranks.setdefault(rank, case_name(entry))
+        case, count = _header(entry)
+        cases.append(case)
+        channels.setdefault(count, case.name)
+        ranks.setdefault(len(case.shape), case.name)
     if len(ranks) > 1:
         raise BadInput(f"{content['path']}: images of different dimensions: {_examples(ranks, 'D')}. Keep one kind.")
     if len(channels) > 1:
@@ -169,6 +164,44 @@ def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any
             "Correct it."
         )
     return Findings(next(iter(ranks)), next(iter(channels)), labels, named, cases)
+
+
+def _header(entry: Mapping[str, Any]) -> tuple[Case, int]:
+    """A case as its image's header has it, and the number of channels."""
+    grid = read_grid(entry["image"])
+    rank = len(grid.shape)
+    order = np.argsort(nib.orientations.io_orientation(grid.affine)[:rank, 0], kind="stable")
+    case = Case(
+        name=case_name(entry),
+        shape=np.asarray(grid.shape)[order],
+        spacing=np.linalg.norm(grid.affine[:3, :3], axis=0)[:rank][order],
+        axes=order,
+        orientation="".join(str(letter) for letter in nib.aff2axcodes(grid.affine))[:rank],
+        annotated=entry.get("annotated"),
+    )
+    return case, grid.channels
+
+
+def _read_other_headers(content: Mapping[str, Any], findings: Findings) -> None:
+    for section in (name for name in SECTIONS if name != "training"):
+        try:
+            entries = load_section(content, section, keys=("image",), required=False)
+        except BadInput as error:
+            findings.misfits.append(str(error))
+            continue
+        for entry in entries:
+            try:
+                case, channels = _header(entry)
+            except BadInput as error:
+                findings.misfits.append(f"`{section}`: {error}")
+                continue
+            if (len(case.shape), channels) != (findings.spatial_dims, findings.channels):
+                findings.misfits.append(
+                    f"`{section}`: {case.name} has {len(case.shape)} dimensions and {channels} channel(s), the "
+                    f"training cases {findings.spatial_dims} and {findings.channels}."
+                )
+            else:
+                findings.others.append(case)
 
 
 def _examples(found: Mapping[int, str], unit: str = "") -> str:

@@ -115,6 +115,41 @@ def test_of_equally_thick_axes_the_last_is_the_thick_one(tmp_path: Path) -> None
     assert plan["thick_axis"] == 2
 
 
+def test_images_without_labels_are_looked_at_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """They decide nothing, but a student learns from them."""
+    path = make_datalist(tmp_path)
+    before = make_plan(path)
+    image = np.ones((10, 40, 48), np.int16)
+    coarse = SLICES_FIRST @ np.diag([4.0, 1.0, 1.0, 1.0])
+    (tmp_path / "images" / "broken.nii.gz").write_bytes(b"no image")
+    content = json.loads(path.read_text())
+    content["unlabeled"] = [
+        {"image": write(tmp_path / "images/like.nii.gz", image, SLICES_FIRST)},
+        {"image": write(tmp_path / "images/turned.nii.gz", image.transpose(1, 2, 0), np.diag([1.5, 1.0, 6.0, 1.0]))},
+        {"image": write(tmp_path / "images/coarse.nii.gz", image, coarse)},
+        {"image": "images/broken.nii.gz"},
+        {"image": write(tmp_path / "images/flat.nii.gz", image[0], np.diag([1.5, 1.0, 6.0, 1.0]))},
+    ]
+    content["validation"] = [{"image": "images/nowhere.nii.gz", "label": "labels/nowhere.nii.gz"}]
+    path.write_text(json.dumps(content))
+    assert make_plan(path) == before
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert main(parser.parse_args(["--datalist", str(path), "--output", str(tmp_path / "plan.json")])) == 0
+    printed = capsys.readouterr()
+    text = printed.out + printed.err
+    for words in (
+        "mixed orientations",
+        "turned",
+        "coarse: voxels of 1.5 x 1 x 24 mm",
+        "broken.nii.gz can't be opened as an image",
+        "`unlabeled`: flat has 2 dimensions and 1 channel(s), the training cases 3 and 1",
+        "nowhere.nii.gz",
+    ):
+        assert words in text
+    assert "like" not in text.replace("looks like", "")
+
+
 def test_width_and_spacing_are_taken(tmp_path: Path) -> None:
     plan = make_plan(make_datalist(tmp_path), width=8, max_width=16, spacing=(3, 2, 6))
     assert plan["spacing"] == [3, 2, 6]

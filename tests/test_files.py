@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -12,19 +11,6 @@ import pytest
 from common import files
 from common.errors import BadInput
 from common.files import intended_name, write_atomically, write_nifti
-
-resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
-
-
-@contextmanager
-def full_disk(size: int):
-    """No file of this process may grow beyond ``size`` bytes: writing fails half-way, as on a disk that fills up."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def only(folder: Path) -> list[str]:
@@ -46,7 +32,7 @@ def test_writes_and_replaces(tmp_path, content, expected):
     assert path.read_bytes() == expected
 
 
-def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, full_disk):
     path = tmp_path / "model.pt"
     path.write_bytes(b"old")
     with full_disk(1000), pytest.raises(BadInput, match=r"model\.pt: can't be written .*an older file is as it was"):
@@ -130,7 +116,7 @@ def test_nifti_is_read_as_it_was_written(tmp_path, image):
     assert only(path.parent) == ["case_1.nii.gz"]
 
 
-def test_nifti_on_a_disk_that_fills_up_is_whole_or_not_there(tmp_path, image):
+def test_nifti_on_a_disk_that_fills_up_is_whole_or_not_there(tmp_path, image, full_disk):
     path = tmp_path / "case_1.nii.gz"
     with full_disk(1000), pytest.raises(BadInput, match=r"case_1\.nii\.gz: can't be written"):
         write_nifti(path, image)

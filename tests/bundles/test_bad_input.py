@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -333,23 +332,7 @@ def test_a_truncated_reference_is_named_by_the_command_line(data: Path, chain: C
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-@contextmanager
-def full_disk(size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file of a process that is started here may grow beyond ``size`` bytes, as on a disk that fills up."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
-    # Python would leave half of a module's compiled code for the next process to import.
-    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_disk_that_fills_up_at_inference_by_the_command_line(
-    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_at_inference_by_the_command_line(plan: Path, tmp_path: Path, full_disk: Callable) -> None:
     parser = ConfigParser()
     parser.read_config([config("dual_decoder", "inference.json")])
     parser.update(PLAN)
@@ -363,7 +346,7 @@ def test_a_disk_that_fills_up_at_inference_by_the_command_line(
     output.mkdir()
     older = b"a label of last week"
     (output / "c_seg.nii.gz").write_bytes(older)
-    with full_disk(1000, monkeypatch):
+    with full_disk(1000):
         done = run(
             [config("dual_decoder", "inference.json"), str(plan)],
             {

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -133,19 +132,7 @@ def test_weights_that_are_not_finite_are_never_the_best(tmp_path):
     assert not (tmp_path / "models" / "model.pt").exists()
 
 
-@contextmanager
-def full_disk(size: int):
-    """No file of this process may grow beyond ``size`` bytes: writing fails half-way, as on a disk that fills up."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_disk_that_is_full_while_a_checkpoint_is_written(tmp_path):
+def test_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, full_disk):
     old = leave_older_weights(tmp_path)
     train_folder = tmp_path / "output"
     train_folder.mkdir()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -54,19 +53,7 @@ def test_a_plane_and_a_volume_of_one_slice_keep_their_axes(
     np.testing.assert_allclose(found.affine, expected, atol=1e-6)
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond ``size`` bytes: writing fails half-way, as on a disk that fills up."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a thing of Unix")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_disk_that_fills_up_leaves_the_old_file_or_none(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_leaves_the_old_file_or_none(tmp_path: Path, full_disk: Callable) -> None:
     save = SaveNiftid("map", tmp_path, "seg", "float32")
     save(case((5, 4, 3), OBLIQUE))
     old = (tmp_path / "scan_seg.nii.gz").read_bytes()

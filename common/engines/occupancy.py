@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 
+import ignite.distributed as idist
 from filelock import FileLock, Timeout
 
 from ..errors import BadInput
@@ -31,7 +32,7 @@ def occupy(folder: str | os.PathLike[str]) -> None:
         BadInput: another process is training there.
     """
     path = Path(folder).expanduser().resolve()
-    if path in _held or int(os.environ.get("RANK", "0")) > 0:
+    if path in _held or idist.get_rank() != 0:
         return
     lock = FileLock(path / _NAME)
     try:

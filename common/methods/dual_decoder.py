@@ -108,13 +108,13 @@ class DualDecoder(Method):
         if self._reads_crops:
             features, logits, regression = self.network.forward_all(labeled["image"])
         terms: dict[str, Tensor] = {}
-        regressions, known = [], []
+        regressions, masks = [], []
         for index, target in enumerate(self.targets):
             if is_dense(target):
                 loss, mask = self._dense(index, target, regression, labeled)
             else:
                 loss, mask = self._case(index, target, batch)
-            known.append(mask.any())
+            masks.append(mask)
             terms[f"regression/{target['name']}"] = loss
             regressions.append(loss)
         terms["regression"] = torch.stack(regressions).mean()
@@ -123,7 +123,7 @@ class DualDecoder(Method):
             terms["segmentation"] = self.supervise(logits, labeled)
             if self.weighting is not None:
                 # Without a value in the batch the regression says nothing, and must not move its weight.
-                names = ("segmentation", "regression") if any(known) else ("segmentation",)
+                names = ("segmentation", "regression") if any(mask.any() for mask in masks) else ("segmentation",)
                 loss = self.weighting({name: terms[name] for name in names})
             else:
                 loss = loss + self.segmentation_weight * terms["segmentation"]

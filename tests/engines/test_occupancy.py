@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import ignite.distributed as idist
 import pytest
 from filelock import FileLock, Timeout
 
@@ -74,7 +75,7 @@ def test_one_process_trains_twice(tmp_path: Path) -> None:
 def test_the_first_process_of_several_keeps_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: subprocess.Popen
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(idist, "get_rank", lambda: 1)
     occupy(tmp_path)
 
 

@@ -22,6 +22,22 @@ COMMANDS = {
     "compare": ("common.compare", "train and evaluate the published systems alike, and compare them as papers do"),
     "demo": ("common.demo", "train, evaluate and compare all three stages, and write a report with pictures"),
 }
+EXAMPLES = {
+    "phantoms": "--output data/thick_slices --shape 64 64 16 --spacing 1 1 3 --seed 1",
+    "thickness": "--datalist my_data/datalist.json --output my_data/measured --wall 2 --inner 1",
+    "datalist": "--images scans --labels masks --names 1=liver --modality CT",
+    "plan": "--datalist my_data/datalist.json --output plan.json --memory 4GB",
+    "import-nnunet": "nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres --output "
+    "bundles/teacher/models/model.pt --plan plan.json",
+    "complete": "--datalist my_data/datalist.json --teachers liver=liver/models/model.pt spleen=spleen/models/model.pt "
+    "--output my_data/completed",
+    "pack": "dual_decoder --plan plan.json --evaluation output/eval/summary.json --output dual_decoder-1.0.0.zip",
+    "verify": "dual_decoder-1.0.0.zip --run-code",
+    "study": "studies/hippocampus.json --data my_data/hippocampus --output output/hippocampus --seeds 0,1,2 --jobs 2",
+    "compare": "--recipes all --data my_data --datalist datalist.json --steps 900 --seeds 0,1,2 --output "
+    "output/compare",
+    "demo": "--data my_data --output output/my_demo",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m common", description=__doc__)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (module, text) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text, description=text)
+        example = f"example: python -m common {name} {EXAMPLES[name]}"
+        subparser = subparsers.add_parser(name, help=text, description=text, epilog=example)
         # Only the command that was asked for is imported, since torch and MONAI take seconds.
         if arguments[:1] == [name]:
             importlib.import_module(module.replace("common", __package__, 1)).add_arguments(subparser)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from .data.datalist import read_datalist
+from .data.datalist import VOLUME_SUFFIXES, read_datalist
 from .data.phantom import generate_phantoms
 from .errors import BadInput
-from .planning import IMAGE_SUFFIXES, NOT_TARGETS
+from .planning import NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
 from .tables import cost_table, machine, markdown, measured_targets, regression_table, segmentation_table
@@ -43,7 +43,7 @@ def _has_targets(datalist: dict[str, Any]) -> bool:
     return any(
         isinstance(value, str)
         and key not in NOT_TARGETS
-        and value.lower().endswith(IMAGE_SUFFIXES)
+        and value.lower().endswith(VOLUME_SUFFIXES)
         and (Path(datalist["folder"]) / value).is_file()
         for entry in datalist.get("training", [])
         for key, value in entry.items()

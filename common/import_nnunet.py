@@ -373,10 +373,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Take over a model that nnU-Net v2 has trained: its weights become a teacher's, its plan one of the bundles'. "
         "The teacher predicts what the model does; a student can be trained from it, and a dual decoder from that."
     )
-    parser.epilog = (
-        "example: python -m common import-nnunet nnUNet_results/Dataset004_Hippocampus/"
-        "nnUNetTrainer__nnUNetPlans__3d_fullres --output bundles/teacher/models/model.pt --plan plan.json"
-    )
     parser.add_argument("folder", help="what nnU-Net v2 trained: has plans.json, dataset.json and fold_0")
     parser.add_argument("--fold", default="0", help="0 (the default) to 4, or all")
     parser.add_argument("--checkpoint", default="checkpoint_final.pth", help="the weights (checkpoint_final.pth)")

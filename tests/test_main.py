@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from common.__main__ import COMMANDS, main
+from common.__main__ import COMMANDS, EXAMPLES, main
 from common.data import phantom
 from common.errors import BadInput
 
@@ -41,6 +43,13 @@ def test_every_command_explains_itself(capsys, name):
     assert f"python -m common {name}" in capsys.readouterr().out
     module = importlib.import_module(COMMANDS[name][0])
     assert callable(module.main)
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_command_s_example_can_be_typed(name):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS[name][0]).add_arguments(parser)
+    parser.parse_args(shlex.split(EXAMPLES[name]))
 
 
 def test_bad_input_is_one_message_and_exit_code_1(capsys, monkeypatch, tmp_path):

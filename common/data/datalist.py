@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ __all__ = [
 ]
 
 SECTIONS = ("training", "unlabeled", "validation", "testing")
-_SUFFIXES = (".nii.gz", ".seg.nrrd", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".png", ".tif", ".tiff", ".jpg")
+CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's names of files, one a channel
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+_PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES, ".dcm")
 _IMAGE_ONLY = ("unlabeled",)
 _GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid seldom agree to the last digit
 _SHEAR = 0.01  # cosine of the angle between two axes: 0.6 degrees change a volume by 0.005 %
@@ -69,17 +73,17 @@ def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
 
     Args:
         case: an entry or the meta data of a loaded image (whose ``image`` or ``filename_or_obj`` counts where they have
-            no ``case_name``), a path, or one path a channel (the first counts).
+            no ``case_name``), a path, or one path a channel (the first counts, without nnU-Net's ``_0000``).
     """
     if isinstance(case, Mapping):
         if "case_name" in case:
             return case["case_name"]
         case = case["image"] if "image" in case else case["filename_or_obj"]
     name = Path(_first_path(case)).name
-    for suffix in _SUFFIXES:
-        if name.lower().endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+    suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix) and len(name) > len(suffix)), "")
+    name = name.removesuffix(name[len(name) - len(suffix) :])
+    several = not isinstance(case, (str, os.PathLike)) and len(case) > 1
+    return CHANNEL.sub(r"\g<case>", name) if several else name
 
 
 def case_keys(targets: Sequence[Mapping[str, Any]] = (), label: bool = True) -> list[str]:
@@ -296,8 +300,8 @@ def read_grid(path: PathOrPaths) -> Grid:
         path: a NIfTI file, any file ITK reads, a folder with one DICOM series, or a list of files, one a channel.
 
     Raises:
-        BadInput: the header can't be read, the file is shorter than it says, a list's files are on different grids, or
-            the slices of a series are no even, straight stack.
+        BadInput: the header can't be read, the file is shorter than it says, it is a picture without a voxel size, a
+            list's files are on different grids, or the slices of a series are no even, straight stack.
     """
     if not isinstance(path, (str, os.PathLike)):
         grids = [read_grid(item) for item in path]
@@ -306,6 +310,11 @@ def read_grid(path: PathOrPaths) -> Grid:
             if difference:
                 raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}")
         return Grid(grids[0].shape, sum(grid.channels for grid in grids), grids[0].affine)
+    if str(path).lower().endswith(_PICTURE_SUFFIXES):
+        raise BadInput(
+            f"{path} is a picture, which doesn't tell the size of its pixels in mm. Save it as a NIfTI file of two "
+            "dimensions with its pixel size"
+        )
     try:
         grid = _nifti_grid(path) if is_nifti(path) else _itk_grid(path)
     except BadInput:

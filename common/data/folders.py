@@ -25,12 +25,11 @@ from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import check_targets
 from ..transforms.loading import image_loader
-from .datalist import SECTIONS, case_name, dicom_patient
+from .datalist import CHANNEL, SECTIONS, case_name, dicom_patient
 from .inputs import find_cases
 
 __all__ = ["add_arguments", "group_channels", "main", "make_datalist", "patient_of", "read_label_ids"]
 
-_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 # What label files add to the name of their image.
 _LABEL_SUFFIXES = ("", "_seg", "-seg", "_label", "-label", "_mask", "-mask", "_gt")
 
@@ -68,7 +67,7 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     Raises:
         BadInput: two files have one name, or the cases have different channels.
     """
-    matches = [_CHANNEL.match(case_name(path)) for path in paths]
+    matches = [CHANNEL.match(case_name(path)) for path in paths]
     cases: dict[str, Any] = {}
     if not paths or not all(matches):
         for path in paths:
@@ -93,11 +92,20 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     return {case: found if len(found) > 1 else found[0] for case, found in files.items()}
 
 
+def _images(folder: Path) -> list[str]:
+    cases = find_cases(folder)
+    for case in cases:
+        if "fault" in case:
+            raise BadInput(case["fault"] + ".")
+    # With one channel each file is a case.
+    return [case["image"] for case in cases]
+
+
 def _by_name(
     folder: Path, cases: Iterable[str], suffixes: Sequence[str], what: str
 ) -> tuple[dict[str, str], list[str]]:
     """The file of each case in a folder, cases without one left out; and the files that are of no case."""
-    files = {case_name(entry["image"]): entry["image"] for entry in find_cases(folder)}
+    files = {case_name(path): path for path in _images(folder)}
     found = {}
     for case in cases:
         names = [case + suffix for suffix in suffixes if case + suffix in files]
@@ -169,10 +177,10 @@ def make_datalist(
     if (images / "imagesTr").is_dir():
         described = _nnunet_description(images / "dataset.json", named=bool(names))
         with suppress(BadInput):  # of images that nobody asked for
-            test_images = [*group_channels([entry["image"] for entry in find_cases(images / "imagesTs")]).values()]
+            test_images = [*group_channels(_images(images / "imagesTs")).values()]
         labels = labels or (images / "labelsTr" if (images / "labelsTr").is_dir() else None)
         images = images / "imagesTr"
-    cases = group_channels([entry["image"] for entry in find_cases(images.resolve())])
+    cases = group_channels(_images(images.resolve()))
     label_of, unused = _by_name(labels.resolve(), cases, _LABEL_SUFFIXES, "label") if labels else ({}, [])
     target_of = {}
     for name, folder in (targets or {}).items():
@@ -309,7 +317,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their names. Labelled patients are drawn for training or validation, whole; images without a label serve as "
         "unlabelled ones."
     )
-    parser.epilog = "example: python -m common datalist --images scans --labels masks --names 1=liver --modality CT"
     parser.add_argument(
         "--images",
         type=Path,

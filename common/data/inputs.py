@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .datalist import case_name, load_section
+from .datalist import VOLUME_SUFFIXES, case_name, load_section
 
 __all__ = ["find_cases"]
 
-_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd")
-
 
 def _is_volume(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".") and path.name.lower().endswith(_SUFFIXES)
+    return path.is_file() and not path.name.startswith(".") and path.name.lower().endswith(VOLUME_SUFFIXES)
 
 
 def _is_dicom(path: Path) -> bool:
@@ -57,20 +55,22 @@ def find_cases(
 ) -> list[dict[str, str | list[str]]]:
     """The entries ``{"image": path}`` that ``source`` stands for; the path is a list where each channel has a file.
 
-    Entries whose files or folders have one name are told apart by a ``case_name``, with parent folders in front.
+    Entries whose files or folders have one name are told apart by a ``case_name``, with parent folders in front. An
+    entry for DICOM files that lie among other images has a ``fault``, with which loading it fails.
 
     Args:
         source: a volume (NIfTI, NRRD, MetaImage), a folder of volumes, a folder that is a DICOM series, a folder with
             such folders at any depth, or a datalist (JSON), whose ``testing`` entries are taken. A whole number is a
             folder's name, which MONAI's command line takes for a number.
         channels: channels of an image. With more than one, files named ``<case>_0000.nii.gz``, ``<case>_0001.nii.gz``
-            and so on, nnU-Net's raw layout, are the channels of one case.
+            and so on, nnU-Net's raw layout, are the channels of one case; with one, they are each a case, named
+            ``<case>`` where all of a folder's names end on ``_0000``.
         output_dir: where results will go; must not be the folder that is searched. Nothing is searched for in it.
 
     Raises:
-        BadInput: nothing is given, it is no path, nothing is there, it holds no image, a folder holds both DICOM files
-            and volumes or further series, cases of one folder share a name or lack a channel, or results would lie
-            among the inputs.
+        BadInput: nothing is given, it is no path, nothing is there, it holds no image, the folder itself holds both a
+            DICOM series and volumes, cases of one folder share a name or lack a channel, or results would lie among
+            the inputs.
     """
     if source is None:
         raise BadInput("input: not given. Use --input with a file, a folder of files, or a DICOM series.")
@@ -91,7 +91,7 @@ def find_cases(
             advice = (
                 "it is one slice of a DICOM series; give its folder"
                 if _is_dicom(path)
-                else (f"expected one of {', '.join(_SUFFIXES)}, the folder of a DICOM series, or a datalist (.json)")
+                else f"expected {', '.join(VOLUME_SUFFIXES)}, the folder of a DICOM series, or a datalist (.json)"
             )
             raise BadInput(f"input: {path} is no image that can be read: {advice}.")
         cases = [{"image": str(path)}]
@@ -106,34 +106,49 @@ def find_cases(
     return _with_names(cases)
 
 
-def _in_folder(folder: Path, channels: int, results: Path | None) -> list[dict[str, str | list[str]]]:
-    series = _find_series(folder, {results})
+def _in_folder(folder: Path, channels: int, results: Path | None) -> list[dict[str, Any]]:
+    series, faults = _find_series(folder, {results})
     volumes = [] if series == [folder] else [child for child in folder.iterdir() if _is_volume(child)]
     found = [str(path) for path in sorted([*volumes, *series])]
-    if not found:
-        raise BadInput(f"input: {folder} holds no volume ({', '.join(_SUFFIXES)}) and no folder with a DICOM series.")
-    if channels > 1:
+    if not found and not faults:
+        raise BadInput(
+            f"input: {folder} holds no volume ({', '.join(VOLUME_SUFFIXES)}) and no folder with a DICOM series."
+        )
+    if volumes and str(folder) in {fault["image"] for fault in faults}:
+        raise BadInput(f"input: {faults[0]['fault']}")  # which of them is the scan is anybody's guess
+    if channels > 1 or all(case_name(path).endswith("_0000") for path in found):
         from .folders import group_channels  # which imports this module
 
-        return [{"image": image} for image in group_channels(found).values()]
-    return [{"image": image} for image in found]
+        cases: list[dict[str, Any]] = [
+            {"image": image, **({} if name == case_name(image) else {"case_name": name})}
+            for name, image in group_channels(found).items()
+        ]
+    else:
+        cases = [{"image": image} for image in found]
+    return [*cases, *faults]
 
 
-def _find_series(folder: Path, passed: set[Path | None]) -> list[Path]:
-    """The folders that hold DICOM files: ``folder``, or those below it, but not in folders that are ``passed``."""
+def _find_series(folder: Path, passed: set[Path | None]) -> tuple[list[Path], list[dict[str, Any]]]:
+    """The folders that hold DICOM series: ``folder``, or those below it, but not in folders that are ``passed``.
+
+    And entries with a ``fault`` for DICOM files that lie among other images: the one file, or the folder of several.
+    """
     passed.add(folder.resolve())  # a link may lead back
     children = sorted(folder.iterdir())
-    below = [
-        series
-        for child in children
-        if child.is_dir() and not child.name.startswith(".") and child.resolve() not in passed
-        for series in _find_series(child, passed)
-    ]
+    below: list[Path] = []
+    faults: list[dict[str, Any]] = []
+    for child in children:
+        if child.is_dir() and not child.name.startswith(".") and child.resolve() not in passed:
+            series, faulty = _find_series(child, passed)
+            below += series
+            faults += faulty
     slices = [child for child in children if _is_dicom(child)]
     others = [*(child for child in children if _is_volume(child)), *below]
     if slices and others:
-        raise BadInput(
-            f"input: {folder} holds {slices[0].name}, which is DICOM, and {others[0].relative_to(folder)}, which is an "
-            "image of its own; keep the files of a series in a folder with nothing else."
+        fault = (
+            f"{folder} holds {slices[0].name}, which is DICOM, and {others[0].relative_to(folder)}, which is an "
+            "image of its own; keep the files of a series in a folder with nothing else"
         )
-    return [folder] if slices else below
+        faults.append({"image": str(slices[0] if len(slices) == 1 else folder), "fault": fault})
+        return below, faults
+    return ([folder] if slices else below), faults

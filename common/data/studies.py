@@ -54,7 +54,7 @@ def readable(cases: Iterable[Mapping[str, Any]], channels: int = 1) -> list[dict
     """
     found = []
     for case in cases:
-        fault = _fault(case["image"], channels)
+        fault = case.get("fault") or _fault(case["image"], channels)
         if fault:
             logger.warning("%s is left out: %s", case["image"], fault)
         else:

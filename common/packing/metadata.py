@@ -235,10 +235,7 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
     directions = ", ".join(_DIRECTIONS.get(letter, letter) for letter in axes)
     rows = [
         ("classes", ", ".join(f"{label} {name}" for label, name in classes_of(config).items())),
-        *(
-            (f"measures {target['name']}", f"{target.get('kind', 'dense')}, {target.get('unit') or 'no unit'}")
-            for target in config.get("targets", ())
-        ),
+        *((f"measures {target['name']}", _measured(target)) for target in config.get("targets", ())),
         ("image", f"{config['spatial_dims']}D, {metadata['image_classes']}"),
         ("voxel size", " x ".join(f"{size:g}" for size in config["spacing"]) + " mm; others are resampled"),
         ("axes", f"run to {directions} ({axes}); others are brought to it"),
@@ -260,6 +257,14 @@ def make_card(bundle: str, card: str, metadata: Mapping[str, Any], config: Mappi
         card,
     ]
     return "\n\n".join(parts).rstrip() + "\n"
+
+
+def _measured(target: Mapping[str, Any]) -> str:
+    """What a target is, and what its training saw."""
+    words = [target.get("kind", "dense"), target.get("unit") or "no unit"]
+    if target.get("range"):
+        words.append("trained on {:g} to {:g}".format(*target["range"]))
+    return ", ".join(words)
 
 
 def _ancestors(origin: Mapping[str, Any]) -> list[str]:

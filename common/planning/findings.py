@@ -11,16 +11,15 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from ..data.datalist import SECTIONS, case_name, load_section, read_grid
+from ..data.datalist import SECTIONS, VOLUME_SUFFIXES, case_name, load_section, read_grid
 from ..errors import BadInput
 from ..targets import check_targets, dense_names, is_dense
 from ..transforms.loading import LoadCased
 
-__all__ = ["IMAGE_SUFFIXES", "NOT_TARGETS", "Case", "Findings", "find", "modalities"]
+__all__ = ["NOT_TARGETS", "Case", "Findings", "find", "modalities"]
 
 FOREGROUND_SAMPLES_PER_CASE = 10000
 NOT_TARGETS = ("image", "label", "annotated", "patient")
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff")
 
 
 @dataclass
@@ -216,7 +215,7 @@ def _target_names(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         for key, value in entry.items():
             if key in NOT_TARGETS:
                 continue
-            if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES):
+            if isinstance(value, str) and value.lower().endswith(VOLUME_SUFFIXES):
                 dense[key] = None
             elif isinstance(value, (int, float)) and not isinstance(value, bool):
                 numbers[key] = None
@@ -287,13 +286,15 @@ def _read_voxels(
 
 
 def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:
-    """Fill in the structures that hold the target (a share of 1 % of its voxels at least), and its mean size."""
+    """Fill in the range of the target, the structures that hold it (1 % of its voxels at least), and its mean size."""
     name = target["name"]
     if not is_dense(target):
         numbers = [case.numbers[name] for case in cases if np.isfinite(case.numbers[name])]
+        target["range"] = _range(numbers)
         target.setdefault("scale", _typical(np.mean(np.abs(numbers or [1.0]))))
         return
     maps = [case.maps[name] for case in cases if name in case.maps]
+    target["range"] = _range([edge for found in maps if found[1].sum() for edge in found[2:]])
     if {"structure", "scale"} <= set(target):
         return
     sums, counts = (sum((found[index] for found in maps), np.zeros(1)) for index in (0, 1))
@@ -305,6 +306,11 @@ def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:
     where = np.atleast_1d(target["structure"])
     inside = counts[where].sum()
     target.setdefault("scale", _typical(abs(sums[where].sum()) / inside if inside else 1.0))
+
+
+def _range(values: Sequence[float]) -> list[float]:
+    """Lowest and highest value, to four digits; empty where there is none."""
+    return [float(f"{edge:.4g}") for edge in (min(values), max(values))] if values else []
 
 
 def _typical(value: float) -> float:

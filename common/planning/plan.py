@@ -191,7 +191,7 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
         unit = target.get("unit") or "no unit given"
         lines.append(
             f"target {target['name']}: {target['kind']}, {unit}, structure {target.get('structure', 'whole image')}, "
-            f"scale {target['scale']:g}; {_range(target, findings)}"
+            f"scale {target['scale']:g}; {_values(target, findings)}"
         )
     return "\n".join(lines)
 
@@ -208,18 +208,17 @@ def _why(findings: Findings, plan: Mapping[str, Any]) -> str:
     return "as asked for"
 
 
-def _range(target: Mapping[str, Any], findings: Findings) -> str:
+def _values(target: Mapping[str, Any], findings: Findings) -> str:
     """What values the training cases have."""
-    name = target["name"]
+    if not target["range"]:
+        return "no values found"
+    name, (low, high) = target["name"], target["range"]
     if is_dense(target):
         maps = [case.maps[name] for case in findings.cases if name in case.maps and case.maps[name][1].sum()]
-        if not maps:
-            return "no values found"
         means = [found[0].sum() / found[1].sum() for found in maps]
-        low, high = min(found[2] for found in maps), max(found[3] for found in maps)
         return f"values {low:.3g} to {high:.3g} in {len(maps)} cases, means {min(means):.3g} to {max(means):.3g}"
-    numbers = [case.numbers[name] for case in findings.cases if np.isfinite(case.numbers[name])]
-    return f"{min(numbers):.3g} to {max(numbers):.3g} in {len(numbers)} cases" if numbers else "no values found"
+    count = sum(np.isfinite(case.numbers[name]) for case in findings.cases)
+    return f"{low:.3g} to {high:.3g} in {count} cases"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +228,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "by nnU-Net's rules. Prints what it found and why it chose so, and warns of what looks wrong. The plan goes "
         "with every later command: --config_file \"['bundles/teacher/configs/train.json','plan.json']\"."
     )
-    parser.epilog = "example: python -m common plan --datalist my_data/datalist.json --output plan.json --memory 4GB"
     parser.add_argument("--datalist", required=True, help="JSON datalist; its training section is planned from")
     parser.add_argument("--output", required=True, help="new JSON file for the plan")
     parser.add_argument(

@@ -89,11 +89,12 @@ class LoadCased(MapTransform):
         case = dict(data)
         if case.get("image") is None:
             raise BadInput(f"a case has no `image`; found the keys {sorted(map(str, case))}")
+        if "fault" in case:
+            raise BadInput(case["fault"])
         image_path = case["image"]
         if "image" in self.keys:
             case["image"] = self._image(image_path)
-            if "case_name" in case:  # results know their case by their meta data alone
-                case["image"].meta["case_name"] = case["case_name"]
+            case["image"].meta["case_name"] = case_name(data)  # results know their case by their meta data alone
             grid = _grid(case["image"])
         else:
             grid = read_grid(image_path)

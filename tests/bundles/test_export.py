@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shlex
@@ -24,6 +25,17 @@ from common.networks import save_weights
 PAGE = (ROOT / "docs" / "export.md").read_text()
 
 
+# Beside a plan of cubes: crops of two dimensions, and flat ones of thick slices, whose attention sees no edge across.
+FLAT = {
+    "spatial_dims": 3,
+    "patch_size": [16, 16, 8],
+    "kernel_sizes": [[3, 3, 1], 3, 3, 3],
+    "strides": [1, [2, 2, 1], 2, 1],
+    "edge_kernel": [3, 3, 1],
+}
+PLANE = {"spatial_dims": 2, "spacing": [1.0, 1.0], "patch_size": [16, 16], "attention_window": [2, 2]}
+
+
 def documented(text: str) -> str:
     """The code block of the page that has ``text`` in it."""
     return next(block for block in re.findall(r"```(?:python)?\n(.*?)```", PAGE, re.DOTALL) if text in block)
@@ -33,7 +45,7 @@ class Exported:
     """A bundle's network with weights that leave nothing idle, and what it predicts."""
 
     def __init__(self, bundle: str, plan: Path, folder: Path) -> None:
-        self.bundle, self.folder = bundle, folder
+        self.bundle, self.folder, self.patch = bundle, folder, json.loads(plan.read_text())["patch_size"]
         self.files = [config(bundle, "inference.json"), str(plan)]
         parser = ConfigParser()
         parser.read_config(self.files)
@@ -42,6 +54,7 @@ class Exported:
         for name, parameter in self.network.named_parameters():
             if parameter.dim() == 1 or ".output." in name:  # attention's output starts as zero
                 nn.init.normal_(parameter, std=0.5)
+        folder.mkdir(exist_ok=True)
         save_weights(self.network, folder / "model.pt")
 
     def arguments(self, command: str) -> list[str]:
@@ -51,7 +64,7 @@ class Exported:
             "--filepath": str(self.folder / words[words.index("--filepath") + 1]),
             "--ckpt_file": str(self.folder / "model.pt"),
             "--config_file": str(self.files),
-            "--input_shape": "[1, 1, 16, 16, 16]",
+            "--input_shape": str([1, 1, *self.patch]),
         }
         return [words[0], *(changes.get(before, word) for before, word in itertools.pairwise(words))]
 
@@ -62,7 +75,7 @@ class Exported:
 
     def expect_same(self, predict, atol: float = 1e-4) -> None:
         for batch in (1, 3):
-            patches = torch.randn(batch, 1, 16, 16, 16)
+            patches = torch.randn(batch, 1, *self.patch)
             with torch.no_grad():
                 expected = self.network(patches)
             assert expected.std() > 0.1
@@ -73,9 +86,12 @@ class Exported:
         return lambda patches: session.run(None, {"image": patches.numpy()})[0]
 
 
-@pytest.fixture(params=BUNDLES)
+@pytest.fixture(params=[*((bundle, {}) for bundle in BUNDLES), ("dual_decoder", FLAT), ("dual_decoder", PLANE)])
 def exported(request: pytest.FixtureRequest, plan: Path, tmp_path: Path) -> Exported:
-    return Exported(request.param, plan, tmp_path)
+    bundle, changes = request.param
+    changed = tmp_path / "plan.json"
+    changed.write_text(json.dumps({**json.loads(plan.read_text()), **changes}))
+    return Exported(bundle, changed, tmp_path / "models")
 
 
 def test_torchscript(exported: Exported) -> None:

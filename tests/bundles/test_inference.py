@@ -70,6 +70,7 @@ def test_a_folder_with_a_broken_file_by_the_command_line(weights: Callable[..., 
     write_scan(tmp_path / "scans" / "flat.nii.gz", make_scan()[..., 0])
     (tmp_path / "scans" / "broken.nii.gz").write_bytes(whole.read_bytes()[:2000])
     (tmp_path / "scans" / "text.nii").write_text("no image")
+    (tmp_path / "scans" / "stray.dcm").write_bytes(bytes(128) + b"DICM")
     settings = {"input": str(tmp_path / "scans"), "output_dir": str(tmp_path / "out"), "overview": "true"}
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({**PLAN, "num_workers": 1}))
@@ -78,8 +79,8 @@ def test_a_folder_with_a_broken_file_by_the_command_line(weights: Callable[..., 
         {**settings, "ckpt_dir": weights("dual_decoder"), "device": "cpu"},
     )
     assert done.returncode == 1
-    assert "3 of 4 cases failed" in done.stderr
-    for name in ("broken.nii.gz", "flat.nii.gz", "text.nii"):
+    assert "4 of 5 cases failed" in done.stderr
+    for name in ("broken.nii.gz", "flat.nii.gz", "text.nii", "stray.dcm"):
         assert f"\n  {tmp_path / 'scans' / name}" in done.stderr
     assert "Traceback" not in done.stderr
     case = "Ärzte, 1. Aufnahme"
@@ -152,8 +153,8 @@ def test_a_file_a_channel(weights: Callable[..., str], workflow: Callable[..., N
     settings = {"names": ("inference.json",), "channels": 2, "ckpt_dir": weights("teacher", channels=2)}
     for name in ("raw", "one"):
         workflow("teacher", input=str(tmp_path / name), output_dir=str(tmp_path / f"out {name}"), **settings)
-        assert names(tmp_path / f"out {name}") == ["a_0000.json", "a_0000_seg.nii.gz"]
-    raw, one = (label(tmp_path / f"out {name}" / "a_0000_seg.nii.gz") for name in ("raw", "one"))
+        assert names(tmp_path / f"out {name}") == ["a.json", "a_seg.nii.gz"]
+    raw, one = (label(tmp_path / f"out {name}" / "a_seg.nii.gz") for name in ("raw", "one"))
     assert np.array_equal(raw, one)
 
 

@@ -51,7 +51,9 @@ def case(tmp_path):
         ("b.nrrd", "b"),
         ("b.mha", "b"),
         ("series/ct-7", "ct-7"),
-        (["m_0000.nii.gz", "m_0001.nii.gz"], "m_0000"),
+        (["m_0000.nii.gz", "m_0001.nii.gz"], "m"),
+        (["t1.nii.gz", "t2.nii.gz"], "t1"),
+        ("m_0000.nii.gz", "m_0000"),
         ({"image": "x/y.mhd"}, "y"),
     ],
 )

@@ -12,6 +12,7 @@ from ignite.engine import Engine
 from monai.data import decollate_batch, list_data_collate
 
 from common.data import case_name, check_output, find_cases
+from common.data.folders import make_datalist
 from common.errors import BadInput
 from common.handlers import CaseJsonWriter
 from common.handlers.cases import case_file
@@ -108,13 +109,32 @@ def test_a_dicom_file_among_other_images(tmp_path: Path, volume: str) -> None:
     (dicom if volume.endswith("IM1") else touch)(tmp_path / volume)
     touch(*(tmp_path / f"note {index}.txt" for index in range(30)))
     dicom(tmp_path / "stray.dcm")
-    with pytest.raises(BadInput, match=rf"holds stray\.dcm, which is DICOM, and {volume.removesuffix('/IM1')}"):
-        find_cases(tmp_path)
+    volume = volume.removesuffix("/IM1")
+    good, stray = find_cases(tmp_path)
+    assert good == {"image": str(tmp_path / volume)}
+    assert stray["image"] == str(tmp_path / "stray.dcm")
+    with pytest.raises(BadInput, match=rf"holds stray\.dcm, which is DICOM, and {volume}, which is an image of its"):
+        LoadCased(["image"])(stray)
+    with pytest.raises(BadInput, match=r"holds stray\.dcm"):
+        make_datalist(tmp_path)
     (tmp_path / "stray.dcm").unlink()
-    assert names(find_cases(tmp_path)) == [Path(volume.removesuffix("/IM1")).name]
+    assert find_cases(tmp_path) == [good]
     dicom(tmp_path / "alone/stray.dcm")
     touch(*(tmp_path / f"alone/note {index}.txt" for index in range(30)))
     assert names(find_cases(tmp_path / "alone")) == ["alone"], "a slice behind many other files"
+
+
+def test_a_series_among_other_images(tmp_path: Path) -> None:
+    """Nobody knows which of them is the scan; that one patient's folder is untidy does not stop the others."""
+    touch(tmp_path / "p1/mask.nii.gz")
+    for name in ("p1/IM1", "p1/IM2", "p2/IM1", "p3/IM1", "p3/IM2", "p3/deeper/IM1"):
+        dicom(tmp_path / name)
+    *cases, first, second = find_cases(tmp_path)
+    assert names(cases) == ["p2", "deeper"]
+    assert [first["image"], second["image"]] == [str(tmp_path / "p1"), str(tmp_path / "p3")]
+    assert "p1 holds IM1, which is DICOM, and mask.nii.gz" in first["fault"]
+    with pytest.raises(BadInput, match=r"p1 holds IM1, which is DICOM, and mask\.nii\.gz"):
+        find_cases(tmp_path / "p1")
 
 
 def test_files_that_are_channels(tmp_path: Path) -> None:
@@ -123,10 +143,20 @@ def test_files_that_are_channels(tmp_path: Path) -> None:
         ["a_0000.nii.gz", "a_0001.nii.gz"],
         ["b_0000.nii.gz", "b_0001.nii.gz"],
     ]
-    assert len(find_cases(tmp_path)) == 4, "a network of one channel takes each file for an image"
+    assert [case_name(case) for case in find_cases(tmp_path, channels=2)] == ["a", "b"]
+    cases = find_cases(tmp_path)
+    assert len(cases) == 4, "a network of one channel takes each file for an image"
+    assert [case_name(case) for case in cases] == ["a_0000", "a_0001", "b_0000", "b_0001"]
     touch(tmp_path / "c_0000.nii.gz")
     with pytest.raises(BadInput, match="case c has the channels"):
         find_cases(tmp_path, channels=2)
+
+
+def test_nnunet_s_names_of_images_of_one_channel(tmp_path: Path) -> None:
+    touch(tmp_path / "a_0000.nii.gz", tmp_path / "b_0000.nii.gz")
+    cases = find_cases(tmp_path)
+    assert names(cases) == ["a_0000.nii.gz", "b_0000.nii.gz"]
+    assert [case_name(case) for case in cases] == ["a", "b"]
 
 
 def test_files_with_a_channel_axis_are_left_alone(tmp_path: Path) -> None:
@@ -184,7 +214,7 @@ def test_what_can_t_be_used(tmp_path: Path) -> None:
     for source, words in (
         (None, "--input"),
         (tmp_path / "absent.nii.gz", "absent.nii.gz does not exist"),
-        (tmp_path / "scan.txt", r"scan\.txt is no image that can be read: expected one of \.nii"),
+        (tmp_path / "scan.txt", r"scan\.txt is no image that can be read: expected \.nii"),
         (tmp_path / "slice.dcm", "one slice of a DICOM series; give its folder"),
         (tmp_path / "empty", "empty holds no volume"),
     ):

@@ -200,14 +200,19 @@ def test_channels_of_different_kinds_are_normalised_each_in_its_way(tmp_path: Pa
 
 def test_targets_are_found(tmp_path: Path) -> None:
     dense, number = make_plan(make_datalist(tmp_path))["targets"]
-    assert dense == {"name": "thickness", "unit": "", "kind": "dense", "missing": 0, "structure": 2, "scale": 3.0}
-    assert number == {"name": "severity", "unit": "", "kind": "mean", "structure": [1, 2], "scale": 5.0}
+    assert dense == {"name": "thickness", "unit": "", "kind": "dense", "missing": 0, "structure": 2, "scale": 3.0} | {
+        "range": [3.0, 3.0]
+    }
+    assert number == {"name": "severity", "unit": "", "kind": "mean", "structure": [1, 2], "scale": 5.0} | {
+        "range": [4.0, 6.0]
+    }
 
 
 def test_described_targets_are_kept_and_completed(tmp_path: Path) -> None:
     described = [{"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0}]
-    assert make_plan(make_datalist(tmp_path, targets=described))["targets"] == [{**described[0], "scale": 3.0}]
-    whole = [{**described[0], "scale": 9.5}]
+    completed = {**described[0], "scale": 3.0, "range": [3.0, 3.0]}
+    assert make_plan(make_datalist(tmp_path, targets=described))["targets"] == [completed]
+    whole = [{**completed, "scale": 9.5}]
     assert make_plan(make_datalist(tmp_path, targets=whole))["targets"] == whole
     assert make_plan(make_datalist(tmp_path, targets=[]))["targets"] == []
     for wrong, message in (

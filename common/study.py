@@ -148,14 +148,17 @@ class Study:
         if wanted is None:
             return []
         path = self.output / "plan.json"
+        # Not in the plan itself, which is packed with the weights: the path is nobody else's business.
+        made_for = self.output / "plan_made_for.json"
         asked = {**wanted, "data": str(self.data)}
-        if not path.exists() or json.loads(path.read_text()).get("_comment_study") != asked:
+        if not (path.exists() and made_for.exists() and json.loads(made_for.read_text()) == asked):
             options = {key: value for key, value in wanted.items() if key not in ("datalist", "set")}
             if "memory" in options:
                 options["memory"] = parse_memory(options["memory"])
             plan = make_plan(self.data / wanted["datalist"], **options) if "datalist" in wanted else {}
-            content = {**plan, **wanted.get("set", {}), "_comment_study": asked}
-            write_atomically(path, json.dumps(content, indent=2))
+            made_for.unlink(missing_ok=True)
+            write_atomically(path, json.dumps({**plan, **wanted.get("set", {})}, indent=2))
+            write_atomically(made_for, json.dumps(asked))
         return [str(path)]
 
     def commands(self, run: Run, seed: int) -> list[list[str]]:

@@ -152,6 +152,9 @@ def test_what_was_done_with_another_description_is_done_again_with_all_that_foll
     assert again() == ["teacher", "student", "geometric"]
     (data / "datalist.json").write_text('{"training": []}')
     assert again() == ["teacher", "student", "geometric"]
+    data = data.rename(tmp_path / "moved")
+    assert again() == []
+    assert str(tmp_path) not in (tmp_path / "out" / "plan.json").read_text(), "a plan is packed with weights"
 
 
 def test_figures_of_an_earlier_run_do_not_stand_for_one_that_failed(study: Study, calls: list[list[str]]) -> None:

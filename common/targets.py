@@ -27,7 +27,7 @@ def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source:
 
     Raises:
         BadInput: one is no description, its name can't be part of a file's name or is taken, its kind isn't known, its
-            structure is no label, or its scale no positive number.
+            structure is no label, its scale no positive number, or its range not two numbers.
     """
     if not isinstance(targets, Sequence) or isinstance(targets, str):
         raise BadInput(f"{source}: found {targets!r}, expected a list of targets; docs/data.md describes them.")
@@ -46,8 +46,11 @@ def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source:
         if target.get("kind", "dense") not in KINDS:
             raise BadInput(f"{source}: {name} is of the kind {target['kind']!r}; choose from {', '.join(KINDS)}.")
         scale = target.get("scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        if not _is_number(scale) or scale <= 0:
             raise BadInput(f"{source}: {name} has the scale {scale!r}; expected a positive number, its typical size.")
+        edges = target.get("range") or [0, 0]
+        if not isinstance(edges, list) or len(edges) != 2 or not all(_is_number(edge) for edge in edges):
+            raise BadInput(f"{source}: {name} has the range {edges!r}; expected two numbers, lowest and highest.")
         try:
             structures = structure_ids(target)
         except (TypeError, ValueError):
@@ -56,6 +59,10 @@ def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source:
         if unknown or any(number < 0 for number in structures):
             known = "label ids" if labels is None else f"among the labels {', '.join(labels)}"
             raise BadInput(f"{source}: {name} lies in the structure {target['structure']!r}; expected {known}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_dense(target: Mapping[str, Any]) -> bool:

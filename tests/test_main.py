@@ -40,7 +40,7 @@ def test_every_command_explains_itself(capsys, name):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
     assert stopped.value.code == 0
-    assert f"python -m common {name}" in capsys.readouterr().out
+    assert f"example: python -m common {name}" in capsys.readouterr().out
     module = importlib.import_module(COMMANDS[name][0])
     assert callable(module.main)
 

@@ -43,6 +43,7 @@ __all__ = [
     "dicom_files",
     "grid_difference",
     "is_nifti",
+    "is_picture",
     "load_section",
     "read_datalist",
     "read_grid",
@@ -52,6 +53,10 @@ SECTIONS = ("training", "unlabeled", "validation", "testing")
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's names of files, one a channel
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+PICTURE = (
+    "{} is a picture, which doesn't tell the size of its pixels in mm; save it as a NIfTI file of two dimensions with "
+    "its pixel size"
+)
 _SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES, ".dcm")
 _IMAGE_ONLY = ("unlabeled",)
 _GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid seldom agree to the last digit
@@ -73,17 +78,27 @@ def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
 
     Args:
         case: an entry or the meta data of a loaded image (whose ``image`` or ``filename_or_obj`` counts where they have
-            no ``case_name``), a path, or one path a channel (the first counts, without nnU-Net's ``_0000``).
+            no ``case_name``), a path, or one path a channel (the first counts; of nnU-Net's ``a_0000.nii.gz``,
+            ``a_0001.nii.gz`` and so on the case is ``a``).
     """
     if isinstance(case, Mapping):
         if "case_name" in case:
             return case["case_name"]
         case = case["image"] if "image" in case else case["filename_or_obj"]
-    name = Path(_first_path(case)).name
-    suffix = next((suffix for suffix in _SUFFIXES if name.lower().endswith(suffix) and len(name) > len(suffix)), "")
-    name = name.removesuffix(name[len(name) - len(suffix) :])
-    several = not isinstance(case, (str, os.PathLike)) and len(case) > 1
-    return CHANNEL.sub(r"\g<case>", name) if several else name
+    if isinstance(case, (str, os.PathLike)):
+        return _without_suffix(Path(case).name)
+    names = [_without_suffix(Path(path).name) for path in case]
+    channels = [CHANNEL.match(name) for name in names]
+    stems = {match["case"] for match in channels if match}
+    alike = all(channels) and len(stems) == 1 and len({match["channel"] for match in channels if match}) > 1
+    return stems.pop() if alike else names[0]
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
 
 
 def case_keys(targets: Sequence[Mapping[str, Any]] = (), label: bool = True) -> list[str]:
@@ -260,6 +275,11 @@ def is_nifti(path: str | os.PathLike) -> bool:
     return str(path).lower().endswith((".nii", ".nii.gz"))
 
 
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a path's suffix is that of a picture, such as PNG."""
+    return str(path).lower().endswith(_PICTURE_SUFFIXES)
+
+
 def dicom_files(folder: str | os.PathLike) -> list[str]:
     """The slice files of the one DICOM series in a folder, in the order of their position.
 
@@ -310,11 +330,8 @@ def read_grid(path: PathOrPaths) -> Grid:
             if difference:
                 raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}")
         return Grid(grids[0].shape, sum(grid.channels for grid in grids), grids[0].affine)
-    if str(path).lower().endswith(_PICTURE_SUFFIXES):
-        raise BadInput(
-            f"{path} is a picture, which doesn't tell the size of its pixels in mm. Save it as a NIfTI file of two "
-            "dimensions with its pixel size"
-        )
+    if is_picture(path):
+        raise BadInput(PICTURE.format(path))
     try:
         grid = _nifti_grid(path) if is_nifti(path) else _itk_grid(path)
     except BadInput:

@@ -92,12 +92,11 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     return {case: found if len(found) > 1 else found[0] for case, found in files.items()}
 
 
-def _images(folder: Path) -> list[str]:
-    cases = find_cases(folder)
+def _images(folder: Path, key: str) -> list[str]:
+    cases = find_cases(folder, key=key)
     for case in cases:
         if "fault" in case:
-            raise BadInput(case["fault"] + ".")
-    # With one channel each file is a case.
+            raise BadInput(f"{key}: {case['fault']}.")
     return [case["image"] for case in cases]
 
 
@@ -105,7 +104,7 @@ def _by_name(
     folder: Path, cases: Iterable[str], suffixes: Sequence[str], what: str
 ) -> tuple[dict[str, str], list[str]]:
     """The file of each case in a folder, cases without one left out; and the files that are of no case."""
-    files = {case_name(path): path for path in _images(folder)}
+    files = {case_name(path): path for path in _images(folder, what)}
     found = {}
     for case in cases:
         names = [case + suffix for suffix in suffixes if case + suffix in files]
@@ -177,10 +176,10 @@ def make_datalist(
     if (images / "imagesTr").is_dir():
         described = _nnunet_description(images / "dataset.json", named=bool(names))
         with suppress(BadInput):  # of images that nobody asked for
-            test_images = [*group_channels(_images(images / "imagesTs")).values()]
+            test_images = [*group_channels(_images(images / "imagesTs", "images")).values()]
         labels = labels or (images / "labelsTr" if (images / "labelsTr").is_dir() else None)
         images = images / "imagesTr"
-    cases = group_channels(_images(images.resolve()))
+    cases = group_channels(_images(images.resolve(), "images"))
     label_of, unused = _by_name(labels.resolve(), cases, _LABEL_SUFFIXES, "label") if labels else ({}, [])
     target_of = {}
     for name, folder in (targets or {}).items():

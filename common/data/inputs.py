@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .datalist import VOLUME_SUFFIXES, case_name, load_section
+from .datalist import PICTURE, VOLUME_SUFFIXES, case_name, is_picture, load_section
 
 __all__ = ["find_cases"]
 
@@ -51,7 +51,7 @@ def _with_names(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def find_cases(
-    source: str | Path | int | None, channels: int = 1, output_dir: str | Path | None = None
+    source: str | Path | int | None, channels: int = 1, output_dir: str | Path | None = None, key: str = "input"
 ) -> list[dict[str, str | list[str]]]:
     """The entries ``{"image": path}`` that ``source`` stands for; the path is a list where each channel has a file.
 
@@ -63,37 +63,38 @@ def find_cases(
             such folders at any depth, or a datalist (JSON), whose ``testing`` entries are taken. A whole number is a
             folder's name, which MONAI's command line takes for a number.
         channels: channels of an image. With more than one, files named ``<case>_0000.nii.gz``, ``<case>_0001.nii.gz``
-            and so on, nnU-Net's raw layout, are the channels of one case; with one, they are each a case, named
-            ``<case>`` where all of a folder's names end on ``_0000``.
+            and so on, nnU-Net's raw layout, are the channels of one case.
         output_dir: where results will go; must not be the folder that is searched. Nothing is searched for in it.
+        key: what the user calls ``source``, for messages.
 
     Raises:
-        BadInput: nothing is given, it is no path, nothing is there, it holds no image, the folder itself holds both a
-            DICOM series and volumes, cases of one folder share a name or lack a channel, or results would lie among
-            the inputs.
+        BadInput: nothing is given, it is no path, nothing is there, it holds no image, cases of one folder share a name
+            or lack a channel, or results would lie among the inputs.
     """
     if source is None:
-        raise BadInput("input: not given. Use --input with a file, a folder of files, or a DICOM series.")
+        raise BadInput(f"{key}: not given. Use --{key} with a file, a folder of files, or a DICOM series.")
     if isinstance(source, int) and not isinstance(source, bool):
         source = str(source)
     if not isinstance(source, (str, Path)):
         raise BadInput(
-            f"input: found {source!r}, expected a path. The command line takes names such as 1.10 for numbers; write "
+            f"{key}: found {source!r}, expected a path. The command line takes names such as 1.10 for numbers; write "
             "./ in front of the name, as in ./1.10."
         )
     path = Path(source).expanduser()
     if not path.exists():
-        raise BadInput(f"input: {path} does not exist.")
+        raise BadInput(f"{key}: {path} does not exist.")
     if path.suffix.lower() == ".json":
         cases = [{"image": entry["image"]} for entry in load_section(path, "testing", keys=("image",))]
     elif path.is_file():
         if not _is_volume(path):
             advice = (
-                "it is one slice of a DICOM series; give its folder"
+                PICTURE.format(path.name)
+                if is_picture(path)
+                else "it is one slice of a DICOM series; give its folder"
                 if _is_dicom(path)
                 else f"expected {', '.join(VOLUME_SUFFIXES)}, the folder of a DICOM series, or a datalist (.json)"
             )
-            raise BadInput(f"input: {path} is no image that can be read: {advice}.")
+            raise BadInput(f"{key}: {path} is no image that can be read: {advice}.")
         cases = [{"image": str(path)}]
     else:
         results = None if output_dir is None else Path(output_dir).expanduser().resolve()
@@ -102,30 +103,26 @@ def find_cases(
                 f"output_dir: {path} is the input's own folder. The next run would take results for scans, and a label "
                 "file there could be replaced. Choose another folder."
             )
-        cases = _in_folder(path, channels, results)
-    return _with_names(cases)
+        cases = _in_folder(path, channels, results, key)
+    faults = [case for case in cases if "fault" in case]  # of which nothing is written, whatever they are called
+    return [*_with_names([case for case in cases if "fault" not in case]), *faults]
 
 
-def _in_folder(folder: Path, channels: int, results: Path | None) -> list[dict[str, Any]]:
+def _in_folder(folder: Path, channels: int, results: Path | None, key: str) -> list[dict[str, Any]]:
     series, faults = _find_series(folder, {results})
     volumes = [] if series == [folder] else [child for child in folder.iterdir() if _is_volume(child)]
     found = [str(path) for path in sorted([*volumes, *series])]
     if not found and not faults:
+        picture = next((child.name for child in folder.iterdir() if is_picture(child)), None)
         raise BadInput(
-            f"input: {folder} holds no volume ({', '.join(VOLUME_SUFFIXES)}) and no folder with a DICOM series."
+            f"{key}: {folder} holds no volume ({', '.join(VOLUME_SUFFIXES)}) and no folder with a DICOM series."
+            + (f" {PICTURE.format(picture)}." if picture else "")
         )
-    if volumes and str(folder) in {fault["image"] for fault in faults}:
-        raise BadInput(f"input: {faults[0]['fault']}")  # which of them is the scan is anybody's guess
-    if channels > 1 or all(case_name(path).endswith("_0000") for path in found):
+    if channels > 1:
         from .folders import group_channels  # which imports this module
 
-        cases: list[dict[str, Any]] = [
-            {"image": image, **({} if name == case_name(image) else {"case_name": name})}
-            for name, image in group_channels(found).items()
-        ]
-    else:
-        cases = [{"image": image} for image in found]
-    return [*cases, *faults]
+        return [*({"image": image} for image in group_channels(found).values()), *faults]
+    return [*({"image": image} for image in found), *faults]
 
 
 def _find_series(folder: Path, passed: set[Path | None]) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -143,12 +140,11 @@ def _find_series(folder: Path, passed: set[Path | None]) -> tuple[list[Path], li
             below += series
             faults += faulty
     slices = [child for child in children if _is_dicom(child)]
-    others = [*(child for child in children if _is_volume(child)), *below]
+    others = [*(child for child in children if _is_volume(child)), *below, *(Path(fault["image"]) for fault in faults)]
     if slices and others:
         fault = (
             f"{folder} holds {slices[0].name}, which is DICOM, and {others[0].relative_to(folder)}, which is an "
             "image of its own; keep the files of a series in a folder with nothing else"
         )
-        faults.append({"image": str(slices[0] if len(slices) == 1 else folder), "fault": fault})
-        return below, faults
+        return below, [{"image": str(slices[0] if len(slices) == 1 else folder), "fault": fault}, *faults]
     return ([folder] if slices else below), faults

@@ -146,7 +146,7 @@ class DicomSegWriter:
         prediction_key: str = "segmentation",
     ) -> None:
         _require_highdicom()
-        for case in cases:
+        for case in (case for case in cases if "fault" not in case):
             if not isinstance(case["image"], str) or not os.path.isdir(case["image"]):
                 raise BadInput(
                     f"dicom_seg: {case['image']} is no folder with a DICOM series, and a DICOM segmentation has to "

@@ -177,7 +177,7 @@ class EvaluationWriter:
 
     def _evaluate(self, case: Mapping[str, Any]) -> dict[str, Any]:
         file = case_file(case)
-        row: dict[str, Any] = {"case": case_name(file), "file": file, "labels": {}, "targets": {}}
+        row: dict[str, Any] = {"case": case_name(case_meta(case)), "file": file, "labels": {}, "targets": {}}
         segmentation, reference = case.get("segmentation"), case.get("reference")
         if segmentation is not None:
             if reference is None:

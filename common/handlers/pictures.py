@@ -30,7 +30,7 @@ from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
-from .cases import array, case_file, cases_of, is_main
+from .cases import array, case_meta, cases_of, is_main
 
 __all__ = ["StagePicture", "save_curves", "save_overview"]
 
@@ -346,7 +346,7 @@ class StagePicture:
                 options["structures"] = structure_ids(target)
             pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
         return {
-            "case": case_name(case_file(case)),
+            "case": case_name(case_meta(case)),
             "dice": self._mean_dice(**labels, annotated=annotated),
             "pictures": pictures,
         }

@@ -25,7 +25,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from .configs import is_target, strings
 
-__all__ = ["ATTRIBUTES", "MODULES", "Use", "config_uses", "import_names", "logging_uses", "value_faults"]
+__all__ = ["ATTRIBUTES", "FOREIGN", "MODULES", "Use", "config_uses", "import_names", "logging_uses", "value_faults"]
 
 # Names that MONAI gives to every expression.
 _GIVEN = {"monai": "monai", "torch": "torch", "np": "numpy", "numpy": "numpy"}
@@ -113,7 +113,8 @@ MODULES = frozenset(
     for name in (*_OBJECTS, *(f"{name}.*" for name in _MODULES_OF_CLASSES))
     for count in range(1, name.count(".") + 1)
 ) - {"scripts"}
-_FOREIGN = "runs other things than bundles need"
+# What `allow` may lift.
+FOREIGN = "runs other things than bundles need"
 _MORE_THAN_A_LOG = "is more than a log on the screen needs"
 _REFERENCES = "__local_refs"  # MONAI's name for what the config's other parts have become
 _RELATIVE = re.compile(r"[@%](?:#|::)")
@@ -159,11 +160,11 @@ def _judge(name: str, allow: Collection[str], importing: bool = False) -> str | 
     if name in allow or name in _OBJECTS or (importing and name in MODULES):
         return None
     if private := next((part for part in name.split(".") if part.startswith("_")), None):
-        return f"{_FOREIGN}, by {private!r}"
+        return f"{FOREIGN}, by {private!r}"
     if _below(name, allow):
         return None
     own = _own_name(name)
-    return None if own in _OBJECTS or _below(own, _MODULES_OF_CLASSES) else _FOREIGN
+    return None if own in _OBJECTS or _below(own, _MODULES_OF_CLASSES) else FOREIGN
 
 
 @lru_cache
@@ -183,7 +184,7 @@ def _own_name(name: str) -> str:
 
 def _attribute_fault(attributes: Collection[str]) -> str | None:
     foreign = next((name for name in attributes if name not in ATTRIBUTES), None)
-    return f"{_FOREIGN}, by {foreign!r}" if foreign else None
+    return f"{FOREIGN}, by {foreign!r}" if foreign else None
 
 
 def import_names(config: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..networks import check_finite, read_weights, state_digest
 from .archive import CHECKSUMS, Limits, entry_faults, size_faults
-from .inspection import Use, config_uses, import_names, logging_uses, value_faults
+from .inspection import FOREIGN, Use, config_uses, import_names, logging_uses, value_faults
 
 __all__ = ["Report", "add_arguments", "main", "verify_archive"]
 
@@ -341,8 +341,7 @@ def _check_configs(root: Path, files: Mapping[str, str], report: Report, allow: 
             report.uses += logging_uses(name, _text(root, name, report, "configs"))
     for use in report.uses:
         if use.fault:
-            # A logging configuration is judged by its options, which nothing allows.
-            hint = "" if use.file.endswith(".conf") else " If it is fine: --allow NAME."
+            hint = f" If it is fine: --allow '{use.name}'." if use.fault.startswith(FOREIGN) else ""
             report.blame("configs", f"{use.file}, {use.key}", f"{use.name} {use.fault}.{hint}")
     allowed = f", or allowed: {', '.join(allow)}" if allow else ""
     return f"{len(report.objects())} Python objects, all of them what bundles need{allowed}"

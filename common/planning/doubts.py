@@ -131,7 +131,7 @@ def _target_units(findings: Findings) -> list[str]:
             sizes = {
                 case.name: found[0].sum() / found[1].sum()
                 for case in findings.cases
-                if (found := case.maps.get(name)) is not None and found[1].sum()
+                if (found := case.maps.get(name)) is not None
             }
             if unit == "mm":
                 sentences += _unlike_millimetres(findings, name, sizes)
@@ -146,13 +146,13 @@ def _unlike_millimetres(findings: Findings, name: str, sizes: dict[str, float]) 
     beyond = [
         case
         for case in findings.cases
-        if name in case.maps and case.maps[name][3] > np.linalg.norm(case.shape * case.spacing)
+        if name in case.maps and case.maps[name][3].max() > np.linalg.norm(case.shape * case.spacing)
     ]
     if beyond:
         worst = beyond[0]
         return [
-            f"target {name}: {_names(beyond)}: values up to {worst.maps[name][3]:g} mm are longer than the image "
-            f"itself, {np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
+            f"target {name}: {_names(beyond)}: values up to {worst.maps[name][3].max():g} mm are longer than the "
+            f"image itself, {np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
         ]
     finest = float(findings.spacings.min())
     typical = float(np.median(list(sizes.values()))) if sizes else finest

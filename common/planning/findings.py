@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data.datalist import SECTIONS, VOLUME_SUFFIXES, case_name, load_section, read_grid
 from ..errors import BadInput
-from ..targets import check_targets, dense_names, is_dense
+from ..targets import check_targets, dense_names, is_dense, structure_ids
 from ..transforms.loading import LoadCased
 
 __all__ = ["NOT_TARGETS", "Case", "Findings", "find", "modalities"]
@@ -37,7 +37,8 @@ class Case:
         highest: of each channel's values.
         label_voxels: of each label id; None without a label.
         annotated: the ids that the label speaks of; None for all.
-        maps: of a dense target, sum and number of valid values by label id, and the lowest and highest of all.
+        maps: of a dense target, by label id sum and number of its valid values, the lowest and the highest of them;
+            absent where there are none.
         numbers: of a case-level target, its value.
     """
 
@@ -51,7 +52,7 @@ class Case:
     highest: np.ndarray | None = None
     label_voxels: np.ndarray | None = None
     annotated: Sequence[int] | None = None
-    maps: dict[str, tuple[np.ndarray, np.ndarray, float, float]] = field(default_factory=dict)
+    maps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
@@ -273,39 +274,41 @@ def _read_voxels(
                 continue
             values = loaded[name].numpy()[0]
             valid = np.isfinite(values) & (values != missing[name])
-            where, found = label[valid], values[valid].astype(float)
-            case.maps[name] = (
-                np.bincount(where, weights=found, minlength=len(findings.labels)),
-                np.bincount(where, minlength=len(findings.labels)),
-                float(found.min()) if found.size else 0.0,
-                float(found.max()) if found.size else 0.0,
-            )
+            where, found, ids = label[valid], values[valid].astype(float), np.arange(len(findings.labels))
+            if found.size:
+                case.maps[name] = (
+                    np.bincount(where, weights=found, minlength=len(ids)),
+                    np.bincount(where, minlength=len(ids)),
+                    np.asarray(ndimage.minimum(found, where, ids)),
+                    np.asarray(ndimage.maximum(found, where, ids)),
+                )
     if not all(foreground.values()):
         raise BadInput(f"{content['path']}: no training case has a labelled voxel, so CT intensities can't be planned.")
     findings.foreground = {channel: np.concatenate(samples) for channel, samples in foreground.items()}
 
 
 def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:
-    """Fill in the range of the target, the structures that hold it (1 % of its voxels at least), and its mean size."""
+    """Fill in the structures that hold the target (1 % of its voxels at least), its mean size there, and its range."""
     name = target["name"]
     if not is_dense(target):
         numbers = [case.numbers[name] for case in cases if np.isfinite(case.numbers[name])]
-        target["range"] = _range(numbers)
+        target.setdefault("range", _range(numbers))
         target.setdefault("scale", _typical(np.mean(np.abs(numbers or [1.0]))))
         return
     maps = [case.maps[name] for case in cases if name in case.maps]
-    target["range"] = _range([edge for found in maps if found[1].sum() for edge in found[2:]])
-    if {"structure", "scale"} <= set(target):
-        return
-    sums, counts = (sum((found[index] for found in maps), np.zeros(1)) for index in (0, 1))
-    if not counts.sum():
+    if not maps:
+        if {"structure", "scale"} <= set(target):
+            return
         raise BadInput(f"target {name}: every value of the training maps is missing. Remove it or fix them.")
+    sums, counts = (np.sum([found[index] for found in maps], axis=0) for index in (0, 1))
     if "structure" not in target:
         ids = np.flatnonzero(counts >= 0.01 * counts.sum()).tolist()
         target["structure"] = ids[0] if len(ids) == 1 else ids
-    where = np.atleast_1d(target["structure"])
+    where = structure_ids(target) or list(range(len(counts)))
     inside = counts[where].sum()
     target.setdefault("scale", _typical(abs(sums[where].sum()) / inside if inside else 1.0))
+    edges = [edge[index] for _, valid, *both in maps for index in where if valid[index] for edge in both]
+    target.setdefault("range", _range(edges))
 
 
 def _range(values: Sequence[float]) -> list[float]:

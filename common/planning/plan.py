@@ -210,11 +210,11 @@ def _why(findings: Findings, plan: Mapping[str, Any]) -> str:
 
 def _values(target: Mapping[str, Any], findings: Findings) -> str:
     """What values the training cases have."""
-    if not target["range"]:
+    if not target.get("range"):
         return "no values found"
     name, (low, high) = target["name"], target["range"]
     if is_dense(target):
-        maps = [case.maps[name] for case in findings.cases if name in case.maps and case.maps[name][1].sum()]
+        maps = [case.maps[name] for case in findings.cases if name in case.maps]
         means = [found[0].sum() / found[1].sum() for found in maps]
         return f"values {low:.3g} to {high:.3g} in {len(maps)} cases, means {min(means):.3g} to {max(means):.3g}"
     count = sum(np.isfinite(case.numbers[name]) for case in findings.cases)

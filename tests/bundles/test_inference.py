@@ -65,6 +65,16 @@ def test_the_bundles_have_the_same_options() -> None:
             assert first[key] == other[key]
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_mirroring_reaches_the_inferer(bundle: str, plan: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config([config(bundle, "inference.json"), str(plan)])
+    assert parser.get_parsed_content("inferer").mirror_axes == ()
+    parser.update({"test_mirror_axes": [0, 2]})
+    parser.parse(reset=True)
+    assert parser.get_parsed_content("inferer").mirror_axes == (0, 2)
+
+
 def test_a_folder_with_a_broken_file_by_the_command_line(weights: Callable[..., str], tmp_path: Path) -> None:
     whole = write_scan(tmp_path / "scans" / "Ärzte, 1. Aufnahme.nii.gz", make_scan())
     write_scan(tmp_path / "scans" / "flat.nii.gz", make_scan()[..., 0])
@@ -149,12 +159,12 @@ def test_a_file_a_channel(weights: Callable[..., str], workflow: Callable[..., N
     scans = [make_scan(seed) for seed in (1, 2)]
     for channel, scan in enumerate(scans):
         write_scan(tmp_path / "raw" / f"a_{channel:04d}.nii.gz", scan)
-    write_scan(tmp_path / "one" / "a_0000.nii.gz", np.stack(scans, axis=-1))
     settings = {"names": ("inference.json",), "channels": 2, "ckpt_dir": weights("teacher", channels=2)}
-    for name in ("raw", "one"):
-        workflow("teacher", input=str(tmp_path / name), output_dir=str(tmp_path / f"out {name}"), **settings)
-        assert names(tmp_path / f"out {name}") == ["a.json", "a_seg.nii.gz"]
-    raw, one = (label(tmp_path / f"out {name}" / "a_seg.nii.gz") for name in ("raw", "one"))
+    write_scan(tmp_path / "one" / "b.nii.gz", np.stack(scans, axis=-1))
+    for folder, case in (("raw", "a"), ("one", "b")):
+        workflow("teacher", input=str(tmp_path / folder), output_dir=str(tmp_path / f"out {folder}"), **settings)
+        assert names(tmp_path / f"out {folder}") == [f"{case}.json", f"{case}_seg.nii.gz"]
+    raw, one = label(tmp_path / "out raw" / "a_seg.nii.gz"), label(tmp_path / "out one" / "b_seg.nii.gz")
     assert np.array_equal(raw, one)
 
 

@@ -76,6 +76,7 @@ def test_three_stages(rings: Path, plan: Path, workflow: Callable[..., None], tm
         assert all(torch.isfinite(value).all() for value in state.values())
         kernels = [value for key, value in state.items() if key.endswith("conv.weight")]
         assert {kernel.ndim for kernel in kernels} == {2 + planned["spatial_dims"]}
+        assert any(kernel.shape[2:] == (3, 3, 1) for kernel in kernels) == thick
 
         names = ("train.json", "evaluate.json")
         workflow(bundle, names=names, dataset_dir=str(rings), output_dir=str(places["measured"]), **weights)

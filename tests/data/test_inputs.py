@@ -127,14 +127,27 @@ def test_a_dicom_file_among_other_images(tmp_path: Path, volume: str) -> None:
 def test_a_series_among_other_images(tmp_path: Path) -> None:
     """Nobody knows which of them is the scan; that one patient's folder is untidy does not stop the others."""
     touch(tmp_path / "p1/mask.nii.gz")
-    for name in ("p1/IM1", "p1/IM2", "p2/IM1", "p3/IM1", "p3/IM2", "p3/deeper/IM1"):
+    for name in ("p1/IM1", "p1/IM2", "p2/IM1", "p3/IM1", "p3/IM2", "p3/deeper/IM1", "p3/deeper/IM2"):
         dicom(tmp_path / name)
     *cases, first, second = find_cases(tmp_path)
     assert names(cases) == ["p2", "deeper"]
     assert [first["image"], second["image"]] == [str(tmp_path / "p1"), str(tmp_path / "p3")]
     assert "p1 holds IM1, which is DICOM, and mask.nii.gz" in first["fault"]
-    with pytest.raises(BadInput, match=r"p1 holds IM1, which is DICOM, and mask\.nii\.gz"):
-        find_cases(tmp_path / "p1")
+    touch(tmp_path / "p3/deeper/mask.nii.gz")
+    assert [case["image"] for case in find_cases(tmp_path) if "fault" in case] == [
+        str(tmp_path / name) for name in ("p1", "p3", "p3/deeper")
+    ]
+    volume, folder = find_cases(tmp_path / "p1")
+    assert (volume["image"], folder["image"]) == (str(tmp_path / "p1/mask.nii.gz"), str(tmp_path / "p1"))
+    with pytest.raises(BadInput, match=r"^images: .*p1 holds IM1"):
+        make_datalist(tmp_path)
+
+
+def test_what_fails_takes_no_one_s_name(tmp_path: Path) -> None:
+    touch(tmp_path / "a.nii.gz")
+    dicom(tmp_path / "a.dcm")
+    good, stray = find_cases(tmp_path)
+    assert (case_name(good), case_name(stray)) == ("a", "a")
 
 
 def test_files_that_are_channels(tmp_path: Path) -> None:
@@ -150,13 +163,6 @@ def test_files_that_are_channels(tmp_path: Path) -> None:
     touch(tmp_path / "c_0000.nii.gz")
     with pytest.raises(BadInput, match="case c has the channels"):
         find_cases(tmp_path, channels=2)
-
-
-def test_nnunet_s_names_of_images_of_one_channel(tmp_path: Path) -> None:
-    touch(tmp_path / "a_0000.nii.gz", tmp_path / "b_0000.nii.gz")
-    cases = find_cases(tmp_path)
-    assert names(cases) == ["a_0000.nii.gz", "b_0000.nii.gz"]
-    assert [case_name(case) for case in cases] == ["a", "b"]
 
 
 def test_files_with_a_channel_axis_are_left_alone(tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def test_names_that_the_command_line_takes_for_numbers(tmp_path: Path, monkeypat
 
 
 def test_what_can_t_be_used(tmp_path: Path) -> None:
-    touch(tmp_path / "scan.txt", tmp_path / "empty/notes.txt")
+    touch(tmp_path / "scan.txt", tmp_path / "empty/notes.txt", tmp_path / "pictures/a.png")
     dicom(tmp_path / "slice.dcm")
     for source, words in (
         (None, "--input"),
@@ -217,6 +223,8 @@ def test_what_can_t_be_used(tmp_path: Path) -> None:
         (tmp_path / "scan.txt", r"scan\.txt is no image that can be read: expected \.nii"),
         (tmp_path / "slice.dcm", "one slice of a DICOM series; give its folder"),
         (tmp_path / "empty", "empty holds no volume"),
+        (tmp_path / "pictures", r"pictures holds no volume .* a\.png is a picture, which doesn't tell the size"),
+        (tmp_path / "pictures/a.png", r"a\.png is a picture, which doesn't tell the size of its pixels"),
     ):
         with pytest.raises(BadInput, match=words):
             find_cases(source)

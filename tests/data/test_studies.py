@@ -72,9 +72,10 @@ def test_an_image_that_cannot_be_read_is_left_out(studies: Path, caplog: pytest.
     whole.write_bytes(whole.read_bytes()[:3000])
     save(studies / "f.nii.gz", np.full((12, 12, 12), np.nan, dtype=np.float32))
     save(studies / "g.nii.gz", np.zeros((12, 12, 12, 2), dtype=np.float32))
+    (studies / "h.dcm").write_bytes(bytes(128) + b"DICM")
     with caplog.at_level(logging.WARNING):
         assert names(unlabeled_cases("no datalist", entries(studies, "b"))) == ["c.nii.gz", "d.nii.gz"]
-    for name, reason in (("e.nii.gz", "left out"), ("f.nii.gz", "NaN"), ("g.nii.gz", "2 channel")):
+    for name, reason in (("e.nii.gz", "left out"), ("f.nii.gz", "NaN"), ("g.nii.gz", "2 channel"), ("h.dcm", "DICOM")):
         assert any(name in line and reason in line for line in caplog.messages)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +55,16 @@ def test_a_case_that_fails_does_not_stop_the_others(workers: int) -> None:
     assert "2 of 6 cases failed" in str(error.value)
     assert "\n  b.nii.gz is shorter than its header says" in str(error.value)
     assert "e.nii.gz: OSError: disk full" in str(error.value)
+
+
+def test_a_bar_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    cases = [case for case in CASES if case["image"] not in ("b.nii.gz", "e.nii.gz")]
+    predict(evaluator_of(load, cases, []), cases)
+    assert "4/4" in screen.getvalue()
+    assert ", f]" in screen.getvalue(), "the case that is being predicted"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

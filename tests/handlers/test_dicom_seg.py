@@ -123,6 +123,7 @@ def test_it_is_refused_before_anything_is_predicted(tmp_path: Path, monkeypatch:
     cases: list[dict[str, Any]] = [{"image": str(tmp_path)}, {"image": "scan.nii.gz"}]
     with pytest.raises(BadInput, match=r"scan\.nii\.gz is no folder with a DICOM series"):
         DicomSegWriter(tmp_path, LABELS, cases)
+    DicomSegWriter(tmp_path, LABELS, [cases[0], {"image": "stray.dcm", "fault": "it fails by itself"}])
     monkeypatch.setitem(sys.modules, "highdicom", None)
     with pytest.raises(BadInput, match="pip install highdicom"):
         DicomSegWriter(tmp_path, LABELS, cases[:1])

@@ -147,6 +147,7 @@ def test_metadata_card_and_record_describe_these_weights(pack: Pack, tmp_path: P
             version="2.1.0",
             evaluation=write(tmp_path / "summary.json", SUMMARY),
             metadata=write(tmp_path / "said.json", given),
+            overlays=[write(tmp_path / "seen.json", {"targets#0#range": [0.5, 4.0]})],
         )
     )
     metadata = json.loads(files["configs/metadata.json"])
@@ -181,6 +182,7 @@ def test_metadata_card_and_record_describe_these_weights(pack: Pack, tmp_path: P
     assert card.startswith("# dual_decoder 2.1.0\n")
     assert "| dice lumen | 0.8 |" in card
     assert "| thickness mae [mm] | 0.25 |" in card
+    assert "| measures thickness | dense, mm, trained on 0.5 to 4 |" in card
     assert "bundles/" not in card
     assert "checkout" not in card
 

@@ -13,6 +13,11 @@ THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2,
 SEVERITY = {"name": "severity", "unit": "points", "kind": "mean", "scale": 3.0}
 
 
+def thickness(total: float, low: float, high: float) -> dict[str, tuple[np.ndarray, ...]]:
+    """What a case's map shows of 300 voxels of the structure 2."""
+    return {"thickness": tuple(np.array([0, 0, value]) for value in (total, 300, low, high))}
+
+
 def data_set(count: int = 4, modality: str = "MR", **of_the_first: Any) -> Findings:
     """Cases in which nothing is wrong, and what is to be wrong with the first one, c0."""
     cases = []
@@ -27,7 +32,7 @@ def data_set(count: int = 4, modality: str = "MR", **of_the_first: Any) -> Findi
             lowest=np.array([-1000.0 if modality == "CT" else 0.0]),
             highest=np.array([1500.0]),
             label_voxels=np.array([9000, 700, 300]),
-            maps={"thickness": (np.array([0.0, 0.0, 600.0]), np.array([0, 0, 300]), 1.0, 6.0)},
+            maps=thickness(600.0, 1.0, 6.0),
             numbers={"severity": 3.0 + index % 4},
         )
         cases.append(case)
@@ -56,7 +61,7 @@ def test_nothing_is_said_of_a_sound_data_set(modality: str) -> None:
             ["c0: called CT, but no voxel is below -200 (found 0 to 1)"],
         ),
         (
-            {"maps": {"thickness": (np.array([0.0, 0.0, 600e3]), np.array([0, 0, 300]), 1e3, 6e3)}},
+            {"maps": thickness(600e3, 1e3, 6e3)},
             [
                 "c0: values up to 6000 mm are longer than the image itself, 173 mm",
                 "c0 has 2000 mm where the median is 2",
@@ -91,7 +96,7 @@ def test_images_that_look_like_ct_ask_for_the_modality() -> None:
 def test_a_thickness_in_metres_is_named() -> None:
     findings = data_set()
     for case in findings.cases:
-        case.maps = {"thickness": (np.array([0.0, 0.0, 0.6]), np.array([0, 0, 300]), 0.001, 0.006)}
+        case.maps = thickness(0.6, 0.001, 0.006)
     (sentence,) = doubts(findings)
     assert "0.002 mm in the median case, where the finest voxel has sides of 1 mm" in sentence
 

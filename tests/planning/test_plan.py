@@ -208,6 +208,22 @@ def test_targets_are_found(tmp_path: Path) -> None:
     }
 
 
+def test_a_range_is_that_of_the_structure(tmp_path: Path) -> None:
+    """As in the evaluation, what a map holds elsewhere says nothing."""
+    path = make_datalist(tmp_path)
+    for index in range(2):
+        file = tmp_path / f"thickness/{index}.nii.gz"
+        thickness = np.asarray(nib.load(file).dataobj).copy()
+        thickness[0, 0, 0], thickness[5, 11, 11] = 99.0, 2.0 + index / 2
+        write(file, thickness, SLICES_FIRST)
+    (target, _) = make_plan(path)["targets"]
+    assert (target["structure"], target["range"]) == (2, [2.0, 3.0])
+    given = [{"name": "thickness", "unit": "mm", "structure": 2, "range": [0.5, 6]}]
+    assert make_plan(make_datalist(tmp_path, targets=given))["targets"][0]["range"] == [0.5, 6]
+    with pytest.raises(BadInput, match=r"thickness has the range \[1\]; expected two numbers"):
+        make_plan(make_datalist(tmp_path, targets=[{**given[0], "range": [1]}]))
+
+
 def test_described_targets_are_kept_and_completed(tmp_path: Path) -> None:
     described = [{"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0}]
     completed = {**described[0], "scale": 3.0, "range": [3.0, 3.0]}

@@ -122,6 +122,11 @@ class Study:
                     raise BadInput(f"study, run {name!r}: its parent {parent!r} must be a run listed before it.")
             if not (ROOT / "bundles" / run.bundle / "configs" / "train.json").is_file():
                 raise BadInput(f"study, run {name!r}: there is no bundle {run.bundle!r}.")
+            if run.epochs == 0 and not (run.student or run.teacher):
+                raise BadInput(
+                    f"study, run {name!r}: it has 0 epochs, and no teacher or student whose weights it could evaluate. "
+                    "Give it `epochs`."
+                )
             self.runs[name] = run
         for gap in description.get("gaps", ()):
             if sorted(gap) != ["all", "few", "method"] or not set(gap.values()) <= set(self.runs):
@@ -134,8 +139,9 @@ class Study:
     def model(self, name: str, seed: int) -> Path:
         """The weights that a run deploys: its own, or its parent's where it trains nothing."""
         run = self.runs[name]
-        if run.epochs == 0:
-            return self.model(run.student or run.teacher, seed)
+        parent = run.student or run.teacher
+        if run.epochs == 0 and parent is not None:
+            return self.model(parent, seed)
         return self.folder(run, seed) / "models" / "model.pt"
 
     def write_plan(self) -> list[str]:
@@ -251,7 +257,7 @@ class Study:
         for place in (self.output, self.data, ROOT):  # results stay true when their folder moves
             text = text.replace(str(place), "")
         digest = hashlib.sha256(text.encode())
-        files = [self.data / run.datalist, *self.write_plan()]
+        files: list[str | Path] = [self.data / run.datalist, *self.write_plan()]
         files += [ROOT / "bundles" / run.bundle / "configs" / name for name in run.overlays]
         for path in files:
             digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")

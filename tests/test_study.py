@@ -253,6 +253,7 @@ def test_a_network_of_one_organ_fills_its_own_column(tmp_path: Path) -> None:
         ({"a": {"bundle": "professor"}}, "professor"),
         ({"a": {"bundle": "student", "teacher": "b"}}, "'b'"),
         ({"a": {"bundle": "student", "epoch": 3}}, "epoch"),
+        ({"a": {"bundle": "teacher"}}, "0 epochs"),
     ],
 )
 def test_a_study_that_makes_no_sense(runs: dict[str, Any], words: str, tmp_path: Path) -> None:

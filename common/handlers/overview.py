@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
+from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from scipy import ndimage
 
@@ -96,8 +96,8 @@ def _name_sides(axes: Axes, letters: str) -> None:
     aligned = (("left", "center"), ("right", "center"), ("center", "bottom"), ("center", "top"))
     for letter, (x, y), (horizontal, vertical) in zip(letters, places, aligned, strict=False):
         outline = [withStroke(linewidth=2, foreground="black")]
-        options = {"color": "white", "fontsize": 9, "path_effects": outline, "transform": axes.transAxes}
-        axes.text(x, y, letter, ha=horizontal, va=vertical, **options)
+        options: dict[str, Any] = {"color": "white", "fontsize": 9, "transform": axes.transAxes}
+        axes.text(x, y, letter, ha=horizontal, va=vertical, path_effects=outline, **options)
 
 
 def _colour_range(values: np.ndarray) -> tuple[float, float]:
@@ -140,6 +140,7 @@ def save_case_overview(
     Raises:
         BadInput: the file can't be written.
     """
+    maps = maps or {}
     planes = PLANES if segmentation.ndim == 3 else {"": ((0, 1), "")}
     centre, near = _centre_and_box(segmentation != 0, affine)
     whole = _box([(0, size - 1) for size in image.shape], image_affine)
@@ -192,7 +193,7 @@ def save_case_overview(
             bar = figure.colorbar(drawn, ax=list(panels[row]), shrink=0.8, extend="max")
             bar.set_label(f"{name}{unit}", parse_math=False)
 
-    colours = colormaps["tab10"].colors
+    colours = color_sequences["tab10"]
     present = [int(label) for label in labels if int(label) and (segmentation == int(label)).any()]
     if present:
         handles = [Line2D([], [], color=colours[(label - 1) % len(colours)]) for label in present]
@@ -260,6 +261,6 @@ class CaseOverview:
             )
 
 
-def _affine(tensor: torch.Tensor) -> np.ndarray:
+def _affine(tensor: MetaTensor) -> np.ndarray:
     """The affine of a channel-first tensor's own rank."""
     return to_affine_nd(tensor.ndim - 1, np.asarray(tensor.affine, dtype=float))

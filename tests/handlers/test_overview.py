@@ -164,3 +164,11 @@ def test_the_handler_writes_a_picture_a_case(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["case 1_overview.png"]
     one, two = ((tmp_path / folder / "case 1_overview.png").read_bytes() for folder in ("one", "two"))
     assert one == two
+
+
+def test_a_target_without_a_map_has_no_row(tmp_path: Path) -> None:
+    labels = ball((12, 12, 8), IDENTITY, (6, 6, 4), 3.0)
+    arguments = (labels * 1.0, IDENTITY, labels, IDENTITY, LABELS)
+    np.testing.assert_array_equal(
+        picture_of(tmp_path / "a.png", *arguments, [THICKNESS]), picture_of(tmp_path / "b.png", *arguments)
+    )

@@ -54,9 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == [name]:
             importlib.import_module(module.replace("common", __package__, 1)).add_arguments(subparser)
     options = parser.parse_args(arguments)
-    module = importlib.import_module(COMMANDS[options.command][0].replace("common", __package__, 1))
+    command = importlib.import_module(COMMANDS[options.command][0].replace("common", __package__, 1))
     try:
-        return int(module.main(options) or 0)
+        return int(command.main(options) or 0)
     except (BadInput, OSError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

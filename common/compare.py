@@ -210,7 +210,7 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
     Raises:
         BadInput: runs that are done were made with other settings, and would be shown as if made with these.
     """
-    description = json.loads(json.dumps(description))
+    description = dict(json.loads(json.dumps(description)))
     done = {path.parent.parent.name for path in output.glob("*/seed*/record.json")}
     path = output / "study.json"
     if not done:

@@ -26,7 +26,7 @@ from .tables import deployed_parameters, machine
 __all__ = ["Comparison", "case_dice", "trained_parameters"]
 
 _MEASURES = (*OVERLAP_METRICS, *DISTANCE_METRICS)
-_TABLE = [
+_TABLE: list[dict[str, Any]] = [
     {"key": "labelled", "title": "labelled", "better": None, "digits": 0},
     {"key": "unlabelled", "title": "unlabelled", "better": None, "digits": 0},
     {"key": "dice", "title": "Dice", "better": "higher", "digits": 3},
@@ -38,7 +38,7 @@ _TABLE = [
     {"key": "parameters", "title": "parameters [M]", "better": None, "digits": 2},
     {"key": "trained", "title": "trained [M]", "better": None, "digits": 2},
 ]
-_TESTS = [
+_TESTS: list[dict[str, Any]] = [
     {"key": "cases", "title": "n", "better": None, "digits": 0},
     {"key": "difference", "title": "difference in Dice", "better": None, "digits": 3},
     {"key": "t_test", "title": "t-test p", "better": None},
@@ -134,7 +134,9 @@ class Comparison:
             "unlabelled": len(datalist.get("unlabeled", ())) if run.bundle == "student" else 0,
         }
         for measure in _MEASURES:
-            per_label = [[s["labels"][name][measure]["mean"] for name in names] if s else [None] for s in summaries]
+            per_label: list[list[Any]] = [
+                [s["labels"][name][measure]["mean"] for name in names] if s else [None] for s in summaries
+            ]
             row[measure] = [statistics.fmean(values) if None not in values else None for values in per_label]
             for index, name in enumerate(names):
                 row[f"{measure}/{name}"] = [values[index] if values != [None] else None for values in per_label]
@@ -189,8 +191,8 @@ class Comparison:
             test = paired_test(*sides)
             found.append({"run": run.name, "name": run.title or run.name, "seeds": seeds, **vars(test)})
         for key in ("t_test", "wilcoxon"):
-            for test, corrected in zip(found, holm([test[key] for test in found]), strict=True):
-                test[f"{key}_holm"] = corrected
+            for entry, corrected in zip(found, holm([entry[key] for entry in found]), strict=True):
+                entry[f"{key}_holm"] = corrected
         return found
 
     def _markdown(self, content: Mapping[str, Any]) -> str:
@@ -247,8 +249,8 @@ class Comparison:
         """Draw the case whose Dice is the median of the reference's first seed that is done; says which it is."""
         seed = next(iter(self.study.records_by_seed(self.reference)), None)
         scores = {} if seed is None else self.scores(self.reference, [seed])
-        ranked = sorted((case for case in scores if case in self.cases), key=scores.get)
-        if not ranked:
+        ranked = sorted((case for case in scores if case in self.cases), key=scores.__getitem__)
+        if seed is None or not ranked:
             return None
         case = ranked[(len(ranked) - 1) // 2]
         predictions = {}

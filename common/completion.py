@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,10 @@ def completed_cases(
     return [{**case, "label": case["completed"]} for case in load_section(content, "training", ("image", "completed"))]
 
 
-def _unknown(case: Mapping[str, Any], paths: Mapping[int, str]) -> list[int]:
+def _unknown(case: Mapping[str, Any], structures: Iterable[int]) -> list[int]:
     """The structures that a case is not annotated for."""
     annotated = case.get("annotated")
-    return [] if annotated is None else [number for number in paths if number not in map(int, annotated)]
+    return [] if annotated is None else [number for number in structures if number not in map(int, annotated)]
 
 
 def _file(case: Mapping[str, Any], output: Path) -> Path:
@@ -216,7 +216,7 @@ def _check_record(output: Path, digests: Mapping[str, str]) -> None:
 
 
 def _complete_case(
-    case: Mapping[str, Any], labels: Mapping[str, str], predict: Mapping[int, _Teacher], path: Path
+    case: Mapping[Any, Any], labels: Mapping[str, str], predict: Mapping[int, _Teacher], path: Path
 ) -> None:
     label: MetaTensor = LoadCased(["label"], labels=labels)(case)["label"]
     probabilities = {number: predict[number](case["image"]) for number in _unknown(case, predict)}

@@ -14,7 +14,7 @@ import argparse
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ NAMES = (
 REPEATED = re.compile(r"\.all_modules\.|^decoder\.encoder\.")
 _numpy_scalar = np.float64(0).__reduce__()[0]
 # What nnU-Net's log of a training consists of. NumPy 2 moved the function that makes its scalars.
-SAFE = [
+SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *(type(np.dtype(kind)) for kind in ("float16", "float32", "float64", "int32", "int64", "bool")),
@@ -204,7 +204,7 @@ def _read_checkpoint(path: Path, trust: bool) -> dict[str, Any]:
             "expected `network_weights` and `init_args`, as nnU-Net v2 writes them. Models of nnU-Net v1 must be "
             "trained again with v2."
         )
-    return content
+    return dict(content)
 
 
 def _configuration(plans: Mapping[str, Any], name: str, where: str, above: Sequence[str] = ()) -> dict[str, Any]:
@@ -255,8 +255,8 @@ def _network(configuration: Mapping[str, Any], source: Sequence[int], where: str
             f"{where}: the network is {network}, expected nnU-Net's PlainConvUNet; the bundles have no other. Train "
             "with the plans nnUNetPlans."
         )
-    stages = len(given["strides"])
-    expected = {"n_conv_per_stage": [2] * stages, "n_conv_per_stage_decoder": [2] * (stages - 1), **_standard(dims)}
+    count = len(given["strides"])
+    expected = {"n_conv_per_stage": [2] * count, "n_conv_per_stage_decoder": [2] * (count - 1), **_standard(dims)}
     for key, value in expected.items():
         if given.get(key, False) != value:
             raise BadInput(
@@ -293,7 +293,7 @@ def _standard(dims: int) -> dict[str, Any]:
 def _orientation(given: str | None, reader: str | None, dims: int, mirrored: Sequence[int], path: Path) -> str:
     """The patient's directions in which the training files' axes run, three letters."""
     if given is None:
-        known = ORIENTATION_OF_READER.get(reader)
+        known = None if reader is None else ORIENTATION_OF_READER.get(reader)
         if known is None and len(mirrored) < dims:
             raise BadInput(
                 f"{path}: was trained with mirroring along the axes {list(mirrored)} only, so it can tell left from "

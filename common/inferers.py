@@ -66,7 +66,7 @@ class SlidingWindow(SlidingWindowInferer):
         self.mirror_axes = tuple(mirror_axes)
         self.average = average
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Predict a batch of volumes (B, C, *spatial); the result is on their device."""
         weight = next(network.parameters(), inputs) if isinstance(network, nn.Module) else inputs
         device = weight.device
@@ -87,5 +87,6 @@ class SlidingWindow(SlidingWindowInferer):
 
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             output = super().__call__(inputs, predict, *args, **kwargs)
+        assert isinstance(output, Tensor)  # as `predict` returns
         # A class that no window sees at all has no logarithm.
         return output.clamp_min(torch.finfo(output.dtype).tiny).log() if self.average == "probabilities" else output

@@ -81,7 +81,7 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
             row["coverage"] = [_figure(s["coverage"]["mean"]) for s in summaries]
             row["covered/mae"] = [_figure(s["covered"]["voxels"]["mae"]) for s in summaries]
         rows.append(row)
-    columns = [
+    columns: list[dict[str, Any]] = [
         {
             "key": f"{group}/{measure}",
             "title": f"{text}{measure.upper()}" + (f" [{unit}]" if unit and measure != "r2" else ""),
@@ -151,7 +151,7 @@ def gap_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             "share": (method - few) / (everything - few) if everything != few else math.nan,
         }
         rows.append(row)
-    columns = [
+    columns: list[dict[str, Any]] = [
         {"key": "gap", "title": "gap", "better": None, "digits": 3},
         {"key": "gain", "title": "gain", "better": "higher", "digits": 3},
         {"key": "share", "title": "share closed", "better": "higher", "digits": 2},

@@ -13,6 +13,7 @@ __all__ = ["check_targets", "dense_names", "is_dense", "structure_ids"]
 
 KINDS = ("dense", "sum", "mean")
 # Keys of an entry, and what else is written for a case: <case>_seg.nii.gz, <case>_overview.png, volumes in <case>.json.
+TAKEN: tuple[str, ...]
 TAKEN = ("image", "label", "annotated", "patient", "completed", "seg", "segmentation", "overview", "volumes", "areas")
 TAKEN += ("pred", "reference", "result")
 

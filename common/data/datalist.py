@@ -73,7 +73,7 @@ def _first_path(value: PathOrPaths) -> str:
     return os.fspath(value) if isinstance(value, (str, os.PathLike)) else os.fspath(value[0])
 
 
-def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
+def case_name(case: PathOrPaths | Mapping[Any, Any]) -> str:
     """The name of a case: its ``case_name``, else the image's file name without its suffix or that of a DICOM folder.
 
     Args:
@@ -84,7 +84,7 @@ def case_name(case: PathOrPaths | Mapping[str, Any]) -> str:
     if isinstance(case, Mapping):
         if "case_name" in case:
             return case["case_name"]
-        case = case["image"] if "image" in case else case["filename_or_obj"]
+        return case_name(case["image"] if "image" in case else case["filename_or_obj"])
     if isinstance(case, (str, os.PathLike)):
         return _without_suffix(Path(case).name)
     names = [_without_suffix(Path(path).name) for path in case]
@@ -373,7 +373,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _nifti_grid(path: str | os.PathLike) -> Grid:
-    image = nibabel.load(path)
+    image: Any = nibabel.load(path)  # of whatever class; all that read NIfTI have what is asked for here
     shape = image.shape
     if str(path).lower().endswith(".nii"):
         expected = int(image.dataobj.offset) + math.prod(shape) * image.header.get_data_dtype().itemsize

@@ -67,9 +67,9 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     Raises:
         BadInput: two files have one name, or the cases have different channels.
     """
-    matches = [CHANNEL.match(case_name(path)) for path in paths]
+    matches = [match for path in paths if (match := CHANNEL.match(case_name(path)))]
     cases: dict[str, Any] = {}
-    if not paths or not all(matches):
+    if not paths or len(matches) < len(paths):
         for path in paths:
             name = case_name(path)
             if name in cases:
@@ -97,7 +97,7 @@ def _images(folder: Path, key: str) -> list[str]:
     for case in cases:
         if "fault" in case:
             raise BadInput(f"{key}: {case['fault']}.")
-    return [case["image"] for case in cases]
+    return [str(case["image"]) for case in cases]
 
 
 def _by_name(
@@ -126,7 +126,8 @@ def read_label_ids(paths: Sequence[str]) -> list[int]:
     Raises:
         BadInput: a file can't be read, or holds something else than whole numbers.
     """
-    read, ids = image_loader(), set()
+    read = image_loader()
+    ids: set[int] = set()
     for path in tqdm(paths, desc="reading labels", unit="file", disable=None):
         try:
             values = np.unique(np.asarray(read(path)))

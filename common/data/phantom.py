@@ -221,7 +221,7 @@ class _DistanceField:
 
 
 def rasterize(
-    bulla: Bulla, shape: Sequence[int], spacing: Sequence[float]
+    bulla: Bulla, shape: Sequence[int], spacing: Sequence[float] | np.ndarray
 ) -> tuple[tuple[slice, ...], np.ndarray, np.ndarray, np.ndarray]:
     """Bring a bulla to a voxel grid.
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import CacheDataset, MetaTensor
+from monai.data import Dataset as MonaiDataset
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import BadInput
@@ -80,7 +81,7 @@ class SeededDataset(Dataset):
         dataset: a MONAI dataset; its ``transform`` (a ``Compose``) is what gets seeded.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: MonaiDataset) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -89,8 +90,9 @@ class SeededDataset(Dataset):
     def __getitem__(self, draw: tuple[int, int]) -> Any:
         index, seed = draw
         for randomizable in (self.dataset, getattr(self.dataset, "transform", None)):
-            if hasattr(randomizable, "set_random_state"):
-                randomizable.set_random_state(seed=seed)
+            reseed = getattr(randomizable, "set_random_state", None)
+            if reseed is not None:
+                reseed(seed=seed)
         return self.dataset[index]
 
 
@@ -138,7 +140,7 @@ def _is_numeric(value: Any) -> bool:
 
 
 def make_loader(
-    dataset: Dataset,
+    dataset: MonaiDataset,
     batch_size: int,
     seed: int = 0,
     num_workers: int = 0,

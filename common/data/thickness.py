@@ -32,7 +32,7 @@ __all__ = ["add_arguments", "main", "wall_thickness", "write_thickness_maps"]
 
 def wall_thickness(
     label: np.ndarray,
-    spacing: Sequence[float],
+    spacing: Sequence[float] | np.ndarray,
     wall: int,
     inner: Sequence[int],
     slicewise: bool = False,

@@ -44,10 +44,10 @@ def read_json_words() -> None:
     parser = _running_parser()
     if parser is None:
         return
-    parser.config = _with_words_read(parser.config)
+    config = parser.config = _with_words_read(parser.config)
     for name in _PATHS:
-        if type(parser.config.get(name)) is int:
-            parser.config[name] = str(parser.config[name])
+        if type(config.get(name)) is int:
+            config[name] = str(config[name])
     for name, item in parser.ref_resolver.items.items():
         value = _with_words_read(item.get_config())
         item.update_config(str(value) if name in _PATHS and type(value) is int else value)

@@ -46,7 +46,7 @@ class _Attempts(Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's base class doesn't say that there is a length
 
     def __getitem__(self, index: int) -> Any:
         try:
@@ -81,6 +81,7 @@ def predict(evaluator: Evaluator, cases: Sequence[Mapping[str, Any]]) -> None:
 
     handler = evaluator.add_event_handler(Events.EXCEPTION_RAISED, note)
     loader = evaluator.data_loader
+    assert isinstance(loader, DataLoader)
     attempts = iter(
         DataLoader(
             _Attempts(loader.dataset),
@@ -102,7 +103,8 @@ def predict(evaluator: Evaluator, cases: Sequence[Mapping[str, Any]]) -> None:
                 evaluator.state.epoch_length = 1
                 evaluator.run()
                 state = evaluator.state
-                evaluator.data_loader = state.dataloader = state.batch = state.output = None
+                evaluator.data_loader = []
+                state.dataloader = state.batch = state.output = None
             if errors:
                 named = str(case["image"]) in errors[0]
                 failures.append(errors[0] if named else f"{case['image']}: {errors[0]}")

@@ -58,6 +58,8 @@ class SemiSupervisedTrainer(Trainer):
         BadInput: during the run, when a loss or gradient is not finite.
     """
 
+    scaler: torch.amp.GradScaler  # type: ignore[assignment]  # MONAI's is for CUDA alone
+
     def __init__(
         self,
         device: str | torch.device,
@@ -97,7 +99,7 @@ class SemiSupervisedTrainer(Trainer):
         # First among the epoch's handlers, so that those which log see this epoch's means.
         self._event_handlers[Events.EPOCH_COMPLETED].insert(0, (SemiSupervisedTrainer._finish_epoch, (self,), {}))
 
-    def run(self) -> None:
+    def run(self) -> None:  # type: ignore[override]  # as MONAI's own, without arguments
         """Train until ``max_epochs``; a finished or resumed state is continued, not started over."""
         try:
             Workflow.run(self)

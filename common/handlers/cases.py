@@ -18,7 +18,8 @@ __all__ = ["array", "case_file", "case_meta", "cases_of", "is_main", "number"]
 
 def cases_of(engine: Engine) -> list[dict[str, Any]]:
     """The cases of an iteration, batch and output together: MONAI leaves in the batch what the dataset loaded."""
-    output, batch = engine.state.output, engine.state.batch
+    output: Any = engine.state.output
+    batch: Any = engine.state.batch
     outputs = [output] if isinstance(output, dict) else list(output)
     if isinstance(batch, dict) and len(outputs) == 1:
         batch = [batch]

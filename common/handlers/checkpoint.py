@@ -11,8 +11,10 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from torch import nn
 
+from ..engines.trainer import SemiSupervisedTrainer
 from ..errors import BadInput
 from ..files import write_atomically
 from ..networks import check_finite, save_weights
@@ -73,12 +75,12 @@ class Checkpoint:
         """Register with the trainer. Only the first process of a distributed run writes."""
         engine.add_event_handler(Events.STARTED, self._begin)
         if idist.get_rank() == 0:
-            if self.select == "best":
+            if self.select == "best" and self.evaluator is not None:
                 self.evaluator.add_event_handler(Events.COMPLETED, self._keep_best)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
             engine.add_event_handler(Events.COMPLETED, self._deploy)
 
-    def _begin(self, engine: Engine) -> None:
+    def _begin(self, engine: SemiSupervisedTrainer) -> None:
         if not self.resume or not self.checkpoint_path.exists():
             if self.best_path.exists() and idist.get_rank() == 0:
                 self.best_path.unlink()
@@ -104,7 +106,7 @@ class Checkpoint:
         self.best = saved["best"]
         logger.info("Resumed from %s after epoch %d", self.checkpoint_path, saved["epoch"])
 
-    def _save(self, engine: Engine) -> None:
+    def _save(self, engine: SemiSupervisedTrainer) -> None:
         check_finite(self.network.state_dict(), str(self.checkpoint_path))
         content = {
             "state": {name: item.state_dict() for name, item in self.trainer_state.items()},
@@ -118,7 +120,7 @@ class Checkpoint:
         torch.save(content, buffer)
         write_atomically(self.checkpoint_path, buffer.getbuffer())
 
-    def _keep_best(self, evaluator: Engine) -> None:
+    def _keep_best(self, evaluator: Evaluator) -> None:
         name = evaluator.state.key_metric_name
         value = evaluator.state.metrics.get(name)
         if value is None:

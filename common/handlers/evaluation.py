@@ -261,7 +261,7 @@ class EvaluationWriter:
     def _summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         tables = [self._columns(row) for row in rows]
         names = [name for label, name in self.labels.items() if int(label) != 0]
-        label_summaries = {
+        label_summaries: dict[str, dict[str, Any]] = {
             name: {
                 **{
                     measure: _mean_and_spread(table.get(f"{measure}/{name}", math.nan) for table in tables)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -51,12 +51,13 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 def _choose_slice(arrays: Mapping[str, np.ndarray | None], spacing: Sequence[float]) -> tuple[int, int] | None:
     """Axis and index of the slice to show: across the thickest voxels, where there is most to see; None in 2D."""
-    candidates = (arrays.get(key) for key in ("reference", "prediction", "target_prediction"))
-    foreground = next((array for array in candidates if array is not None and array.any()), arrays["image"])
+    given = {key: array for key, array in arrays.items() if array is not None}
+    candidates = (given[key] for key in ("reference", "prediction", "target_prediction") if key in given)
+    foreground = next((array for array in candidates if array.any()), given["image"])
     if foreground.ndim == 2:
         return None
     axis = max(range(3), key=lambda index: (spacing[index], index))
-    counts = (foreground != 0).sum(axis=tuple(other for other in range(3) if other != axis))
+    counts = np.count_nonzero(foreground, axis=tuple(other for other in range(3) if other != axis))
     if foreground is arrays["image"]:
         return axis, len(counts) // 2
     # Of several equally full slices the middle one.
@@ -87,7 +88,7 @@ def _show(axes: Axes, plane: np.ndarray, spacing: Sequence[float], **options: An
 
 
 def _draw_contours(axes: Axes, labels: np.ndarray) -> None:
-    colors = colormaps["tab10"].colors
+    colors = color_sequences["tab10"]
     for label in np.unique(labels):
         mask = labels == label
         # A border voxel of zeros closes contours that the picture's edge would cut.
@@ -112,7 +113,8 @@ def _maps(
     """Reference, prediction and prediction less reference of a dense target, by title, masked where not meant."""
 
     def outside(key: str) -> np.ndarray | bool:
-        return ~np.isin(planes[key], structures) if len(structures) and planes[key] is not None else False
+        plane = planes[key]
+        return ~np.isin(plane, structures) if len(structures) and plane is not None else False
 
     if planes["target_prediction"] is None:
         return {}
@@ -179,7 +181,8 @@ def save_overview(
     planes, spacing = _in_plane(arrays, [1.0] * np.ndim(image) if spacing is None else spacing)
 
     maps = _maps(planes, missing, structures)
-    panels = ["image", *[key for key in ("reference", "prediction") if planes[key] is not None]]
+    given = {key: plane for key, plane in planes.items() if plane is not None}
+    panels = ["image", *[key for key in ("reference", "prediction") if key in given]]
     if {"reference", "prediction"} <= set(panels):
         panels.append("segmentation error")
     panels += maps
@@ -188,24 +191,24 @@ def save_overview(
 
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
     figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
-    finite = planes["image"][np.isfinite(planes["image"])]
+    finite = given["image"][np.isfinite(given["image"])]
     low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 1.0)
     gray = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
-    values = np.concatenate([maps[name].compressed() for name in maps if name != "map error"] or [[]])
+    values = np.concatenate([maps[name].compressed() for name in maps if name != "map error"] or [np.empty(0)])
     least, most = values.min(initial=0.0), values.max(initial=0.0)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_axis_off()
         axes.set_title(panel, fontsize=9)
-        _show(axes, planes["image"], spacing, **gray)
+        _show(axes, given["image"], spacing, **gray)
         if panel in ("reference", "prediction"):
-            _draw_contours(axes, planes[panel])
+            _draw_contours(axes, given[panel])
         elif panel == "segmentation error":
-            wrong = _wrong_voxels(planes["reference"], planes["prediction"], annotated)
+            wrong = _wrong_voxels(given["reference"], given["prediction"], annotated)
             colours = ListedColormap(list(ERROR_COLOURS.values()))
             _show(axes, wrong, spacing, cmap=colours, vmin=0, vmax=len(ERROR_COLOURS) - 1)
             handles = [Patch(color=colour, label=name) for name, colour in ERROR_COLOURS.items()]
-            place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": len(handles)}
+            place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "ncols": len(handles)}
             axes.legend(handles=handles, **place, fontsize=8, frameon=False, handlelength=1, columnspacing=1)
         elif panel in maps:
             options = {"cmap": "viridis", "vmin": least, "vmax": most if most > least else 1.0}
@@ -329,7 +332,8 @@ class StagePicture:
         if annotated is not None:
             annotated = np.asarray(annotated, dtype=int).reshape(-1).tolist()
         pictures: dict[str, dict[str, Any]] = {}
-        for target in self.targets or [None]:
+        targets: Sequence[Mapping[str, Any] | None] = [*self.targets] or [None]
+        for target in targets:
             name = target["name"] if target else None
             maps = {
                 "target_prediction": case.get(f"{name}_pred") if target else None,

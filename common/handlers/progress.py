@@ -6,6 +6,7 @@ import json
 import logging
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
@@ -62,7 +63,8 @@ class Progress:
         if engine.state.epoch > 1:
             self._recall(engine.state.epoch)
         # Ignite's bar knows the time left of an epoch; a person asks for that of the run.
-        total = engine.state.max_epochs * engine.state.epoch_length
+        epochs, length = engine.state.max_epochs, engine.state.epoch_length
+        total = None if epochs is None or length is None else epochs * length
         self.bar = tqdm(total=total, initial=engine.state.iteration, desc="training", unit="step", disable=None)
 
     def _recall(self, first: int) -> None:
@@ -76,7 +78,9 @@ class Progress:
             self.history[name] = [(epoch, value) for epoch, value in points if epoch < first]
 
     def _advance(self, engine: Engine) -> None:
-        self.bar.set_postfix(loss=f"{engine.state.output['loss']:.4g}", refresh=False)
+        assert self.bar is not None  # opened with the epoch
+        output: Any = engine.state.output
+        self.bar.set_postfix(loss=f"{output['loss']:.4g}", refresh=False)
         self.bar.update()
 
     def _close_on_error(self, engine: Engine, error: BaseException) -> None:

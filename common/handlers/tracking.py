@@ -75,6 +75,10 @@ def _plainly(method: Callable[..., None]) -> Callable[..., None]:
 class _Run(MLFlowHandler):
     """One MLflow run of MONAI's handler, with the config as its parameters; only the first process writes."""
 
+    # MONAI begins with None in both, and so says that there is never anything else.
+    experiment: Any
+    cur_run: Any
+
     def __init__(self, stage: str, output_dir: str, tracking_uri: str | None, run_name: str | None) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.output_dir = Path(output_dir)
@@ -128,7 +132,7 @@ class _Run(MLFlowHandler):
         # MLflow will not change, or one that another process is busy with.
         name = self.run_name or time.strftime("run_%Y%m%d_%H%M%S")
         self.cur_run = self._interrupted(engine) or self.client.create_run(self.experiment.experiment_id, run_name=name)
-        self._delete_exist_param_in_dict(self.experiment_param)
+        self._delete_exist_param_in_dict(self.experiment_param or {})
         super().start(engine)
 
     def _interrupted(self, engine: Engine) -> Run | None:

@@ -77,10 +77,11 @@ class ConfidenceMaskedConsistency(nn.Module):
                 f"expected {(student_logits.shape[0], 1, *student_logits.shape[2:])}."
             )
         teacher, mask = teacher_probabilities.detach().float(), mask.float()
-        return sum(
+        losses = (
             weight * self._level(level, _resized(teacher, level.shape[2:]), _resized(mask, level.shape[2:]).bool())
             for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True)
         )
+        return sum(losses, teacher.new_zeros(()))
 
     def _level(self, student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
         # Replaced before any arithmetic: a weight of 0 does not silence a NaN or an infinity.

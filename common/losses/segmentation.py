@@ -99,10 +99,11 @@ class SegmentationLoss(nn.Module):
         with torch.autocast(device_type=first.device.type, enabled=False):
             # The lowest output's weight of 0 keeps it in the graph, so that distributed training finds a gradient for
             # it.
-            return sum(
+            losses = (
                 weight * self._level(convert_to_tensor(output, track_meta=False).float(), label, mask, unknown)
                 for weight, output in zip(weights, outputs, strict=True)
             )
+            return sum(losses, label.new_zeros(()))
 
     def _level(self, logits: Tensor, label: Tensor, mask: Tensor | None, unknown: Tensor | None) -> Tensor:
         size = logits.shape[2:]

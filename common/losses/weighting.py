@@ -69,7 +69,7 @@ def parameter_groups(parameters: Sequence[nn.Parameter], module: nn.Module) -> l
     """
     weightings = [part for part in module.modules() if isinstance(part, UncertaintyWeighting)]
     learnt = {id(parameter) for weighting in weightings for parameter in weighting.parameters()}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if id(parameter) not in learnt]},
         {"params": [parameter for parameter in parameters if id(parameter) in learnt], "weight_decay": 0.0},
     ]

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss, deep_supervision_weights, sigmoid_ramp_up
+from ..networks import SegmentationNetwork
 from ..networks.diffusion import AggregatingDecouplingNetwork
 from .base import Method, refuse_partial_labels
 
@@ -72,6 +73,11 @@ class DifficultyWeights(nn.Module):
     def __init__(self, num_classes: int, window: int = 50) -> None:
         super().__init__()
         self.window = window
+        self.seen: Tensor
+        self.dice: Tensor
+        self.learned: Tensor
+        self.unlearned: Tensor
+        self.error: Tensor
         self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.bool))
         self.register_buffer("dice", torch.zeros(num_classes))
         self.register_buffer("learned", torch.zeros(num_classes))
@@ -122,7 +128,8 @@ def weighted_loss(logits: Sequence[Tensor], label: Tensor, weights: Tensor) -> T
         return cross_entropy + (weights[1:] * dice(output, target).flatten()).mean()
 
     with torch.autocast(device_type=label.device.type, enabled=False):
-        loss = DeepSupervisionLoss(of_level, weights=deep_supervision_weights(len(logits)))
+        weights_of_levels = deep_supervision_weights(len(logits))
+        loss = DeepSupervisionLoss(of_level, weights=weights_of_levels)  # type: ignore[arg-type]  # takes any function
         return loss([output.float() for output in logits], label.float())
 
 
@@ -186,7 +193,7 @@ class AggregatingDecoupling(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: SegmentationNetwork,
         class_names: Sequence[str],
         segmentation_loss: SegmentationLoss | None = None,
         unlabeled_weight: float = 10.0,
@@ -230,7 +237,7 @@ class AggregatingDecoupling(Method):
     def aggregate(self) -> None:
         """``theta = decay theta + (1 - decay) (xi + psi) / 2``."""
         theta, others = self.network.segmentation_decoder, [self.network.difficulty_decoder]
-        if self.diffusion:
+        if self.network.diffusion_decoder is not None:
             others.append(self.network.diffusion_decoder)
         for own, *towards in zip(theta.parameters(), *(other.parameters() for other in others), strict=True):
             own.lerp_(torch.stack(towards).mean(0), 1 - self.decay)

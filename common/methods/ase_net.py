@@ -28,7 +28,7 @@ from torch.func import functional_call
 from ..errors import BadInput
 from ..losses import SegmentationLoss, sigmoid_ramp_up
 from ..networks.dynamic_convolution import anneal
-from .base import Method
+from .base import Method, Segmenter
 from .mean_teacher import clipped_noise
 from .moving_average import MovingAverage
 
@@ -79,7 +79,7 @@ class ASENet(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         discriminator: Callable[[], nn.Module],
         segmentation_loss: SegmentationLoss | None = None,
         consistency_weight: float = 1.0,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..networks import SegmentationNetwork
+from ..networks.vnet import VNet
 
-__all__ = ["Method", "refuse_partial_labels"]
+__all__ = ["Method", "Segmenter", "refuse_partial_labels"]
+
+#: networks whose ``forward_all`` gives the features and the logits of all levels
+Segmenter = SegmentationNetwork | VNet
 
 
 def refuse_partial_labels(labeled: Mapping[str, Any], what: str) -> None:
@@ -33,6 +38,7 @@ class Method(nn.Module):
 
     #: names of submodules that are never trained
     frozen: tuple[str, ...] = ()
+    segmentation_loss: Callable[..., Tensor]
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,9 +57,9 @@ class Method(nn.Module):
     @property
     def deployed(self) -> nn.Module:
         """The network to validate and to write: a method's ``network``, unless it says otherwise."""
-        return self.network
+        return self.get_submodule("network")
 
-    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Mapping[str, Any]], optimizer: str = "") -> dict[str, Tensor]:
         """The losses of one batch.
 
         Args:
@@ -104,7 +110,7 @@ class Method(nn.Module):
         for module in self._frozen_modules():
             module.requires_grad_(False).eval()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # without overloads
         """All weights but the frozen ones, which never change and are read again from their own file."""
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")

@@ -13,16 +13,17 @@ of that.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.transforms import KeepLargestConnectedComponent
 from monai.utils import convert_to_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss
 from ..losses.partial_labels import Annotated
-from .base import Method, refuse_partial_labels
+from .base import Method, Segmenter, refuse_partial_labels
 from .moving_average import MovingAverage
 
 __all__ = ["BidirectionalCopyPaste", "box_mask"]
@@ -40,7 +41,7 @@ def box_mask(size: Sequence[int], fraction: float, device: torch.device | None =
     sides = [int(length * fraction) for length in size]
     starts = [int(torch.randint(length - side + 1, ())) for length, side in zip(size, sides, strict=True)]
     box = tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))
-    mask[(..., *box)] = False
+    mask[0, 0][box] = False
     return mask
 
 
@@ -69,7 +70,7 @@ class BidirectionalCopyPaste(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         segmentation_loss: SegmentationLoss | None = None,
         box: float = 2 / 3,
         unlabeled_weight: float = 0.5,
@@ -89,7 +90,7 @@ class BidirectionalCopyPaste(Method):
         """Whether this step is one of the pre-training."""
         return self.step < self.pretraining * self.total_steps
 
-    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Mapping[str, Any]], optimizer: str = "") -> dict[str, Tensor]:
         image_a, image_b = _halves(batch["labeled"]["image"])
         label_a, label_b = _halves(batch["labeled"]["label"])
         mask = box_mask(image_a.shape[2:], self.box, image_a.device)
@@ -115,12 +116,13 @@ class BidirectionalCopyPaste(Method):
     def _regions(self, logits: Sequence[Tensor], target: Tensor, mask: Tensor, annotated: Annotated = None) -> Tensor:
         """The sum of both mixtures' losses: each over its own region, whose sizes differ."""
         half = target.shape[0] // 2
-        return sum(
+        losses = [
             self.segmentation_loss(
                 [level[part] for level in logits], target[part], mask[part], annotated and annotated[part]
             )
             for part in (slice(half), slice(half, None))
-        )
+        ]
+        return torch.stack(losses).sum()
 
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> Tensor:

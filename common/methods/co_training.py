@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from ..errors import BadInput
 from ..losses import FocalDiceLoss, SegmentationLoss, sigmoid_ramp_up, unknown_classes
 from ..losses.partial_labels import Annotated
 from ..networks.unet import initialise
-from .base import Method
+from .base import Method, Segmenter
 from .moving_average import MovingAverage
 
 __all__ = ["CoTraining", "soft_cross_entropy", "unannotated_region"]
@@ -82,7 +83,7 @@ class CoTraining(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         segmentation_loss: SegmentationLoss | None = None,
         soft_weight: float = 0.1,
         decay: float = 0.999,
@@ -111,16 +112,17 @@ class CoTraining(Method):
         """The moving average of one of the networks."""
         return (self.average if self.deploy == "first" else self.second_average).module
 
-    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Mapping[str, Any]], optimizer: str = "") -> dict[str, Tensor]:
         labeled = batch["labeled"]
         image, label = labeled["image"], labeled["label"]
         outputs = [network.forward_all(image)[1] for network in (self.network, self.second)]
         # The label is complete: all of it is learnt, whatever people have labelled of it.
-        hard = sum(self.segmentation_loss(logits, label) for logits in outputs)
+        hard = torch.stack([self.segmentation_loss(logits, label) for logits in outputs]).sum()
         mask = unannotated_region(label, labeled.get("annotated"), outputs[0][0].shape[1], self.dilation)
         with torch.no_grad():
             taught = [average(image).float().softmax(1) for average in (self.second_average, self.average)]
-        soft = sum(soft_cross_entropy(logits[0], other, mask) for logits, other in zip(outputs, taught, strict=True))
+        pairs = zip(outputs, taught, strict=True)
+        soft = torch.stack([soft_cross_entropy(logits[0], other, mask) for logits, other in pairs]).sum()
         weight = self.soft_weight * sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         return {
             "loss": hard + weight * soft,

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import SegmentationLoss, sigmoid_ramp_up
 from ..networks.unet import initialise
-from .base import Method
+from .base import Method, Segmenter
 
 __all__ = ["CrossPseudoSupervision"]
 
@@ -38,7 +38,7 @@ class CrossPseudoSupervision(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         segmentation_loss: SegmentationLoss | None = None,
         consistency_weight: float = 0.2,
         ramp_up: float = 1.0,
@@ -57,10 +57,11 @@ class CrossPseudoSupervision(Method):
         images = torch.cat([labeled["image"], batch["unlabeled"]["image"]])
         first, second = (network.forward_all(images)[1] for network in (self.network, self.second))
         segmentation = self.supervise(first, labeled) + self.supervise(second, labeled)
-        consistency = sum(
+        terms = [
             _cross_entropy(first[0][part], second[0][part]) + _cross_entropy(second[0][part], first[0][part])
             for part in (slice(count), slice(count, None))
-        )
+        ]
+        consistency = torch.stack(terms).sum()
         weight = self.consistency_weight * sigmoid_ramp_up(self.step, self.ramp_up * self.total_steps)
         return {
             "loss": segmentation + weight * consistency,

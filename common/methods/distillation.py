@@ -28,7 +28,7 @@ from ..losses import (
     kept_fraction,
     sigmoid_ramp_up,
 )
-from .base import Method
+from .base import Method, Segmenter
 from .moving_average import MovingAverage
 
 __all__ = ["Distillation"]
@@ -101,8 +101,8 @@ class Distillation(Method):
 
     def __init__(
         self,
-        network: nn.Module,
-        teacher: nn.Module,
+        network: Segmenter,
+        teacher: Segmenter,
         class_names: Sequence[str],
         segmentation_loss: SegmentationLoss | None = None,
         estimator: Callable | None = None,
@@ -147,7 +147,7 @@ class Distillation(Method):
     @property
     def deployed(self) -> nn.Module:
         """The network to validate and to write."""
-        return self.network if self.deploy == "network" else self.average.module
+        return self.network if self.deploy == "network" or self.average is None else self.average.module
 
     @property
     def teacher_labels(self) -> bool:
@@ -157,7 +157,10 @@ class Distillation(Method):
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]
         weak, strong = unlabeled["image"], unlabeled["strong"]
-        labeler, other = (self.teacher, self.average) if self.teacher_labels else (self.average, self.teacher)
+        labeler: nn.Module = self.teacher
+        other: nn.Module | None = self.average
+        if self.average is not None and not self.teacher_labels:
+            labeler, other = self.average, self.teacher
         with torch.no_grad():
             estimate = self.estimator(labeler, weak, other)
             thresholds = self.threshold(self.step / self.total_steps, len(self.class_names))

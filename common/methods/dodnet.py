@@ -11,6 +11,7 @@ the paper a case belongs to one task.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class DoDNet(Method):
         self.network = network
         self.dice = DiceLoss(sigmoid=True, smooth_nr=0.0, smooth_dr=1.0, reduction="none")
 
-    def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Mapping[str, Any]], optimizer: str = "") -> dict[str, Tensor]:
         labeled = batch["labeled"]
         tasks = self.network.tasks
         logits = self.network.forward_tasks(labeled["image"]).float()

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from monai.inferers import sliding_window_inference
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput
 from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, UncertaintyWeighting, target_mask
-from ..networks import reduce_to_case
+from ..networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, reduce_to_case
 from ..targets import is_dense, structure_ids
 from .base import Method
 
@@ -53,7 +53,7 @@ class DualDecoder(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: DualDecoderNetwork | RegressionNetwork,
         targets: Sequence[Mapping[str, Any]],
         num_classes: int,
         patch_size: Sequence[int],
@@ -62,7 +62,7 @@ class DualDecoder(Method):
         segmentation_weight: float = 0.0,
         regression_weight: float = 1.0,
         learn_weights: bool = False,
-        reference: nn.Module | None = None,
+        reference: SegmentationNetwork | None = None,
         alignment: FeatureAlignment | None = None,
         alignment_weight: float = 0.0,
     ) -> None:
@@ -162,6 +162,7 @@ class DualDecoder(Method):
             return checkpoint(self.network, window, use_reentrant=False)
 
         output = sliding_window_inference(case["image"], self.patch_size, 1, predict, overlap=0.0)
+        assert isinstance(output, Tensor)  # as many as the network returns
         structure, ids = None, structure_ids(target)
         if target["kind"] == "mean" and ids and self.num_classes:
             structure = output[:, : self.num_classes].detach().softmax(1)[:, ids].sum(1, keepdim=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import SegmentationLoss, distillation_loss, sigmoid_ramp_up
-from .base import Method
+from .base import Method, Segmenter
 
 __all__ = ["KnowledgeDistillation"]
 
@@ -35,8 +35,8 @@ class KnowledgeDistillation(Method):
 
     def __init__(
         self,
-        network: nn.Module,
-        teacher: nn.Module,
+        network: Segmenter,
+        teacher: Segmenter,
         segmentation_loss: SegmentationLoss | None = None,
         temperature: float = 2.0,
         consistency_weight: float = 1.0,

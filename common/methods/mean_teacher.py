@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import SegmentationLoss, sigmoid_ramp_up
-from .base import Method
+from .base import Method, Segmenter
 from .moving_average import MovingAverage
 
 __all__ = ["MeanTeacher", "clipped_noise"]
@@ -45,7 +45,7 @@ class MeanTeacher(Method):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         segmentation_loss: SegmentationLoss | None = None,
         decay: float = 0.99,
         noise: float = 0.1,

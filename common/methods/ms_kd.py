@@ -9,6 +9,7 @@ features. No label is read: the labels have gone into the teachers, which were t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import ignite.distributed as idist
 import torch
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import BadInput
 from ..losses.segmentation import _resized
-from .base import Method
+from .base import Method, Segmenter
 
 __all__ = [
     "MultiTeacherDistillation",
@@ -120,8 +121,8 @@ class MultiTeacherDistillation(Method):
 
     def __init__(
         self,
-        network: nn.Module,
-        teachers: Sequence[nn.Module],
+        network: Segmenter,
+        teachers: Sequence[Segmenter],
         background_weight: float = 1.0,
         feature_weight: float = 10.0,
         feature_stages: Sequence[int] = (1,),
@@ -146,7 +147,7 @@ class MultiTeacherDistillation(Method):
         placed, regions, divergences = [], [], []
         for organ, teacher in enumerate(self.teachers, start=1):
             with torch.no_grad():
-                teacher_features, (answer, *_) = teacher.forward_all(image)
+                teacher_features, (answer, *_) = cast(Segmenter, teacher).forward_all(image)
             placed.append(place_probabilities(answer.float().softmax(1), organ, classes))
             regions.append(answer.argmax(1, keepdim=True) == 1)
             if self.feature_weight > 0:
@@ -154,13 +155,14 @@ class MultiTeacherDistillation(Method):
                     sorted_channel_divergence(features[stage], teacher_features[stage], regions[-1])
                     for stage in self.feature_stages
                 ]
+        zero = torch.zeros((), device=image.device)
         terms = {
-            "organs": sum(region_divergence(student, *pair) for pair in zip(placed, regions, strict=True)),
-            "background": region_divergence(student, sum(placed) / len(placed), common_background(regions)),
+            "organs": sum((region_divergence(student, *pair) for pair in zip(placed, regions, strict=True)), zero),
+            "background": region_divergence(student, sum(placed, zero) / len(placed), common_background(regions)),
         }
         loss = terms["organs"] + self.background_weight * terms["background"]
         if self.feature_weight > 0:
-            terms["features"] = sum(divergences)
+            terms["features"] = sum(divergences, zero)
             loss = loss + self.feature_weight * terms["features"]
         return {"loss": loss, **terms}
 
@@ -191,7 +193,7 @@ class PlateauLR(ReduceLROnPlateau):
             self.total += float(terms["loss"].detach())
             self.count += 1
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # called as other schedules are
         """Count an iteration; at the end of an interval look whether the loss has fallen."""
         if self.count >= self.interval:
             super().step(idist.all_reduce(self.total) / idist.all_reduce(self.count))

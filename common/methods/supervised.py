@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..losses import SegmentationLoss
-from .base import Method
+from .base import Method, Segmenter
 
 __all__ = ["Supervised"]
 
@@ -20,7 +20,7 @@ class Supervised(Method):
         segmentation_loss: compares its logits at every scale with the label.
     """
 
-    def __init__(self, network: nn.Module, segmentation_loss: SegmentationLoss | None = None) -> None:
+    def __init__(self, network: Segmenter, segmentation_loss: SegmentationLoss | None = None) -> None:
         super().__init__()
         self.network = network
         self.segmentation_loss = segmentation_loss or SegmentationLoss()

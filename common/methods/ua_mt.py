@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..losses import PredictiveEntropy, SegmentationLoss, kept_fraction, sigmoid_ramp_up
+from .base import Segmenter
 from .mean_teacher import MeanTeacher
 
 __all__ = ["UncertaintyAwareMeanTeacher"]
@@ -36,7 +37,7 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         class_names: list[str],
         passes: int = 8,
         segmentation_loss: SegmentationLoss | None = None,

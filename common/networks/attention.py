@@ -173,6 +173,8 @@ class AnatomyCrossAttention(nn.Module):
         self.output = nn.Linear(inner, query_channels)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
+        # Annotated here and not in the class, where TorchScript would read it.
+        self.gamma: nn.Parameter | None
         self.register_parameter("gamma", nn.Parameter(torch.tensor(1.0)) if prior else None)
 
     def _heads(self, tokens: Tensor) -> Tensor:

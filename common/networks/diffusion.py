@@ -8,7 +8,8 @@ The network of "Towards Generic Semi-Supervised Framework for Volumetric Medical
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from .unet import SegmentationNetwork, initialise
 
 __all__ = ["AggregatingDecouplingNetwork", "StepEmbedding"]
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
 
 
 class StepEmbedding(nn.Module):
@@ -61,14 +65,13 @@ class AggregatingDecouplingNetwork(nn.Module):
     def __init__(self, network: SegmentationNetwork, diffusion: bool = True, embedding: int = 512) -> None:
         super().__init__()
         encoder, decoder = network.encoder, network.segmentation_decoder
-        self.num_classes = decoder.heads[-1].out_channels
+        self.num_classes = decoder.heads[-1].get_parameter("weight").shape[0]
         self.encoder = encoder
         self.segmentation_decoder = decoder
         self.difficulty_decoder = _anew(decoder)
-        self.diffusion_decoder = None
+        self.diffusion_decoder = _anew(decoder) if diffusion else None
         if diffusion:
-            self.diffusion_decoder = _anew(decoder)
-            self.noisy_stem = _wider(encoder.stages[0][0], self.num_classes)
+            self.noisy_stem = _wider(encoder.stages[0].get_submodule("0"), self.num_classes)
             self.step_embedding = StepEmbedding(channels=embedding)
             self.encoder_shifts = nn.ModuleList(nn.Linear(embedding, width) for width in encoder.features)
             self.decoder_shifts = nn.ModuleList(nn.Linear(embedding, width) for width in decoder.features)
@@ -92,17 +95,20 @@ class AggregatingDecouplingNetwork(nn.Module):
         """
         self.encoder.check_size(image)
         decoder = self.diffusion_decoder
+        assert decoder is not None, "it was made without the denoising branch"
         embedding = self.step_embedding(step)
         x = torch.cat([image, noisy.to(image.dtype)], dim=1)
         features: list[Tensor] = []
         for index, (stage, shift) in enumerate(zip(self.encoder.stages, self.encoder_shifts, strict=True)):
-            blocks = [self.noisy_stem, *stage[1:]] if index == 0 else list(stage)
+            blocks = list(stage.children())
+            if index == 0:
+                blocks[0] = self.noisy_stem
             x = _shifted(blocks, x, shift(embedding))
             features.append(x)
         decoded: list[Tensor] = []
         stages = zip(decoder.upsampling, decoder.stages, self.decoder_shifts, reversed(features[:-1]), strict=True)
         for upsample, stage, shift, skip in stages:
-            x = _shifted(list(stage), torch.cat([upsample(x), skip], dim=1), shift(embedding))
+            x = _shifted(list(stage.children()), torch.cat([upsample(x), skip], dim=1), shift(embedding))
             decoded.append(x)
         return decoder.logits(decoded)
 
@@ -111,20 +117,23 @@ class AggregatingDecouplingNetwork(nn.Module):
         return self.segmentation_decoder.logits(self.segmentation_decoder(self.encode(image)))[0]
 
 
-def _anew(part: nn.Module) -> nn.Module:
+def _anew(part: _Part) -> _Part:
     """A part of the same shape with random weights."""
     part = copy.deepcopy(part)
     for module in part.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
     initialise(part)
     return part
 
 
 def _wider(block: nn.Module, channels: int) -> nn.Module:
     """A convolution block like ``block`` that takes ``channels`` more."""
-    block, conv = _anew(block), block.conv
-    block.conv = type(conv)(
+    block, conv = _anew(block), block.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
+    same_kind: Callable[..., nn.Module] = type(conv)
+    block.conv = same_kind(
         conv.in_channels + channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=True
     )
     initialise(block)
@@ -133,8 +142,8 @@ def _wider(block: nn.Module, channels: int) -> nn.Module:
 
 def _shifted(blocks: Sequence[nn.Module], x: Tensor, shift: Tensor) -> Tensor:
     """A stage whose first block's norm is followed by a shift (B, channels)."""
-    x = blocks[0].conv(x)
-    for name, layer in blocks[0].adn.named_children():
+    x = blocks[0].get_submodule("conv")(x)
+    for name, layer in blocks[0].get_submodule("adn").named_children():
         x = layer(x)
         if name == "N":
             x = x + shift.reshape(*shift.shape, *[1] * (x.dim() - 2))

@@ -7,6 +7,7 @@ Network" (ASE-Net), IEEE TMI 2023.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from monai.networks.blocks import ADN, Convolution
 from monai.networks.layers.factories import Conv
@@ -71,7 +72,7 @@ class Discriminator(nn.Module):
             padding = tuple(k // 2 for k in kernels[0])
             return Conv[Conv.CONV, spatial_dims](channels, features[0], tuple(kernels[0]), tuple(steps[0]), padding)
 
-        shared = {"act": ACTIVATION, "dropout": dropout or None, "dropout_dim": spatial_dims}
+        shared: dict[str, Any] = {"act": ACTIVATION, "dropout": dropout or None, "dropout_dim": spatial_dims}
         self.map_stem = stem(num_classes)
         self.image_stem = stem(in_channels)
         self.activation = ADN("AD", **shared)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def _windows(window: PerAxis | Sequence[PerAxis | None] | None, stages: Sequence
                 f"{list(stages)}, or a single window for all of them."
             )
         return list(window)
-    return [window] * len(stages)
+    return [cast("PerAxis | None", window)] * len(stages)
 
 
 class _NoAttention(nn.Module):
@@ -124,6 +124,9 @@ class RegressionDecoder(Decoder):
             scales += [1.0] * len(targets)
         shape = [1, outputs] + [1] * encoder.spatial_dims
         # Decisions of the config, not weights: a state dict that carried them would overrule the config.
+        # Annotated here and not in the class, where TorchScript would read it.
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", torch.tensor(scales).reshape(shape), persistent=False)
         self.register_buffer("shift", torch.tensor(shifts).reshape(shape), persistent=False)
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
@@ -81,6 +80,8 @@ class DyBAC(nn.Module):
         self.padding = [k // 2 for k in size]
         self.initial_temperature = float(temperature)
         # A buffer, so that a resumed run and the deployed weights have the temperature that the training was at.
+        # Annotated here and not in the class, where TorchScript would read it.
+        self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(self.initial_temperature))
 
         pointwise = Conv[Conv.CONV, spatial_dims]
@@ -130,9 +131,10 @@ class DyBAC(nn.Module):
         return self.output(x.squeeze(0).unflatten(0, [batch, channels]))
 
 
-def make_dynamic(block: Convolution) -> None:
+def make_dynamic(block: nn.Module) -> None:
     """Put a :class:`DyBAC` in the place of the convolution inside a MONAI block; norm and activation stay."""
-    conv = block.conv
+    conv = block.get_submodule("conv")
+    assert isinstance(conv, nn.Conv2d | nn.Conv3d)
     block.conv = DyBAC(
         spatial_dims=len(conv.kernel_size),
         in_channels=conv.in_channels,

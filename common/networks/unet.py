@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,14 @@ def _stage(
     )
 
 
+class _Sized(Protocol):
+    """What :meth:`Encoder.check_size` reads."""
+
+    spatial_dims: int
+    in_channels: int
+    divisor: list[int]
+
+
 class Encoder(nn.Module):
     """The contracting half: returns the features of all its stages.
 
@@ -158,7 +167,7 @@ class Encoder(nn.Module):
         initialise(self)
 
     @torch.jit.unused
-    def check_size(self, x: Tensor) -> None:
+    def check_size(self: _Sized, x: Tensor) -> None:
         """Raise :class:`BadInput` when this encoder and its decoders can't take the batch ``x`` (B, C, *spatial)."""
         if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
             raise BadInput(

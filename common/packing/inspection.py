@@ -289,7 +289,8 @@ def _expression(text: str, names: Mapping[str, str], allow: Collection[str]) -> 
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute | ast.Name) or id(node) in inner:
             continue
-        base, attributes = node, []
+        base: ast.expr = node
+        attributes: list[str] = []
         while isinstance(base, ast.Attribute):
             attributes.insert(0, base.attr)
             base = base.value
@@ -307,7 +308,7 @@ def _expression(text: str, names: Mapping[str, str], allow: Collection[str]) -> 
 def logging_uses(file: str, content: str) -> Iterator[Use]:
     """What ``logging.config.fileConfig`` would evaluate, which is the class and the arguments of each handler, and
     whatever else a log on the screen doesn't need."""
-    parser = configparser.RawConfigParser(default_section=None)  # so [DEFAULT] is a section like any other
+    parser = configparser.RawConfigParser(default_section=None)  # type: ignore[call-overload]  # so [DEFAULT] is like any other
     try:
         parser.read_string(content)
     except configparser.Error as error:

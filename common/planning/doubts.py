@@ -86,14 +86,15 @@ def _labels(findings: Findings) -> list[str]:
     unlabelled = [case for case in findings.cases if case.label_voxels is None]
     if unlabelled:
         sentences.append(f"without a label in `training`: {_names(unlabelled)}. Move them to `unlabeled`.")
-    voxels = sum((case.label_voxels for case in labelled), np.zeros(len(findings.labels), int))
+    counts = (case.label_voxels for case in labelled if case.label_voxels is not None)
+    voxels = sum(counts, np.zeros(len(findings.labels), int))
     for identity, name in findings.labels.items():
         if voxels[int(identity)] == 0:
             sentences.append(
                 f"the label {identity}, {name}, is in no training case, so it can't be learnt. Add cases that have it, "
                 "or take it out of `labels`."
             )
-    empty = [case for case in labelled if not case.label_voxels[1:].any()]
+    empty = [case for case in labelled if case.label_voxels is not None and not case.label_voxels[1:].any()]
     if empty and len(empty) < len(labelled):
         sentences.append(f"nothing is labelled in {_names(empty)}. Keep these only if nothing is there.")
     return sentences

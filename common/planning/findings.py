@@ -33,7 +33,7 @@ class Case:
         axes: the file's own axes, in that order.
         orientation: the patient's directions in which the file's axes run, such as ``"LPS"``.
         nonzero: voxels of the box around everything that isn't 0 in every channel.
-        lowest: of each channel's values.
+        lowest: of each channel's values; none before they are read.
         highest: of each channel's values.
         label_voxels: of each label id; None without a label.
         annotated: the ids that the label speaks of; None for all.
@@ -48,8 +48,8 @@ class Case:
     axes: np.ndarray
     orientation: str
     nonzero: np.ndarray | None = None
-    lowest: np.ndarray | None = None
-    highest: np.ndarray | None = None
+    lowest: np.ndarray = field(default_factory=lambda: np.empty(0))
+    highest: np.ndarray = field(default_factory=lambda: np.empty(0))
     label_voxels: np.ndarray | None = None
     annotated: Sequence[int] | None = None
     maps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -147,7 +147,9 @@ def _labels(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], labels: dict[str, str]) -> Findings:
-    cases, channels, ranks = [], {}, {}
+    cases: list[Case] = []
+    channels: dict[int, str] = {}
+    ranks: dict[int, str] = {}
     for entry in entries:
         case, count = _header(entry)
         cases.append(case)
@@ -231,7 +233,7 @@ def _described(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[di
     dense, numbers = _target_names(content)
     foreground = [int(index) for index in labels if index != "0"]
     structure = foreground[0] if len(foreground) == 1 else foreground
-    guessed = [
+    guessed: list[dict[str, Any]] = [
         *({"name": name, "unit": "", "kind": "dense", "missing": 0} for name in dense),
         *({"name": name, "unit": "", "kind": "mean", "structure": structure} for name in numbers),
     ]
@@ -293,7 +295,7 @@ def _complete(target: dict[str, Any], cases: Sequence[Case]) -> None:
     if not is_dense(target):
         numbers = [case.numbers[name] for case in cases if np.isfinite(case.numbers[name])]
         target.setdefault("range", _range(numbers))
-        target.setdefault("scale", _typical(np.mean(np.abs(numbers or [1.0]))))
+        target.setdefault("scale", _typical(float(np.mean(np.abs(numbers or [1.0])))))
         return
     maps = [case.maps[name] for case in cases if name in case.maps]
     if not maps:

@@ -113,8 +113,8 @@ def _plan(
     resampled = np.rint(findings.shapes * findings.spacings / target_spacing)
     median_shape = np.maximum(np.median(resampled, axis=0), 1)
     topology, batch_size = plan_patch(
-        target_spacing,
-        median_shape,
+        target_spacing.tolist(),
+        median_shape.tolist(),
         voxels_in_dataset=float(median_shape.prod()) * len(findings.shapes),
         outputs=len(findings.labels) + len(findings.targets),
         width=width,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import (
     AffineGrid,
@@ -186,7 +187,7 @@ def supervised_augmentation(
             axes = rotation_axes
         elif thick is not None:
             axes = (thick,)
-        elif rank == 3 and any(target.get("slicewise") for target in of_length):
+        elif rank == 3 and spacing is not None and any(target.get("slicewise") for target in of_length):
             # What is measured in slices would change out of their plane; of equal spacings none tells which it is.
             axes = [axis for axis in range(3) if spacing[axis] > max(spacing[axis - 1], spacing[axis - 2])]
         else:
@@ -292,14 +293,17 @@ class _AffineGridInPhysicalSpace(RandAffineGrid):
     def __call__(
         self,
         spatial_size: Sequence[int] | None = None,
-        grid: torch.Tensor | None = None,
+        grid: NdarrayOrTensor | None = None,
         randomize: bool = True,
         lazy: bool | None = None,
     ) -> torch.Tensor:
+        assert isinstance(grid, torch.Tensor)  # RandAffine gives it
         super().__call__(grid.shape[1:], randomize=randomize, lazy=True)
+        assert self.affine is not None
         # S^-1 A S with the voxel's sides in the diagonal of S; formed so, equal sides change no bit of A.
         matrix = self.affine * (self.voxel[None] / self.voxel[:, None]).to(self.affine)
         moved, self.affine = AffineGrid(affine=matrix, device=self.device, dtype=self.dtype)(grid=grid)
+        assert moved is not None
         return moved
 
 
@@ -344,7 +348,7 @@ def _intensity(key: str, rank: int, thick: int | None, probability: float | None
     strong = probability is not None
 
     def chance(value: float) -> float:
-        return probability if strong else value
+        return value if probability is None else probability
 
     sigma = (0.5, 1.5 if strong else 1.0)
     factor = 0.4 if strong else 0.25
@@ -416,7 +420,7 @@ class _RandLowResolutiond(RandSimulateLowResolutiond):
             moved = folded[key].movedim(self.thick_axis + 1, 1)
             shapes[key] = moved.shape
             folded[key] = moved.flatten(0, 1)
-        folded = super().__call__(folded)
+        folded.update(super().__call__(folded))
         for key, shape in shapes.items():
             folded[key] = folded[key].unflatten(0, shape[:2]).movedim(1, self.thick_axis + 1)
         return folded

@@ -116,7 +116,7 @@ class LoadCased(MapTransform):
             raise BadInput(f"case {case_name(image_path)} has no `{key}`; found the keys {sorted(map(str, case))}")
         return False
 
-    def _image(self, path: Any) -> MetaTensor:
+    def _image(self, path: Any) -> torch.Tensor:
         image = _read(self.load, "image", path).to(torch.float32)
         broken = int((~torch.isfinite(image)).sum())
         if broken:
@@ -144,7 +144,7 @@ class LoadCased(MapTransform):
         value.affine = torch.as_tensor(to_affine_nd(value.ndim - 1, grid.affine), dtype=torch.float64)
         return value
 
-    def _label(self, value: MetaTensor, path: Any, annotated: Sequence[int] | None = None) -> MetaTensor:
+    def _label(self, value: MetaTensor, path: Any, annotated: Sequence[int] | None = None) -> torch.Tensor:
         array = value.as_tensor().numpy()
         rounded = np.round(array)
         if not np.isfinite(array).all() or np.abs(array - rounded).max(initial=0) > _ROUNDING:
@@ -157,15 +157,15 @@ class LoadCased(MapTransform):
         found = np.flatnonzero(np.bincount(rounded.astype(np.int16).ravel())).tolist()
         unknown = [identity for identity in found if self.labels is not None and identity not in self.labels]
         if unknown:
-            expected = ", ".join(f"{identity} {name}" for identity, name in self.labels.items())
+            expected = ", ".join(f"{identity} {name}" for identity, name in (self.labels or {}).items())
             raise BadInput(
                 f"label {_path(path)} holds the ids {found[:20]}; {unknown[:20]} are not in `labels` ({expected})"
             )
         known = {0, *map(int, annotated)} if annotated is not None else set(found)
         if not known.issuperset(found):
             raise BadInput(
-                f"label {_path(path)} holds the ids {found[:20]}, but the case's `annotated` is {list(annotated)}: add "
-                "the ids that the label speaks of, or take the others out of the file"
+                f"label {_path(path)} holds the ids {found[:20]}, but the case's `annotated` is "
+                f"{list(annotated or ())}: add the ids that the label speaks of, or take the others out of the file"
             )
         return value.round().to(torch.uint8 if small else torch.int16)
 
@@ -179,11 +179,12 @@ class LoadCased(MapTransform):
         missing = float(target.get("missing", 0))
         if value is None:
             label = case.get("label")
-            if not self._present(case, name, image_path) and not isinstance(label, MetaTensor):
+            self._present(case, name, image_path)  # raises where nothing may be missing
+            if not isinstance(label, MetaTensor):
                 return None
             return torch.full_like(label, missing, dtype=torch.float32)
 
-        def convert(found: MetaTensor, path: Any) -> MetaTensor:
+        def convert(found: torch.Tensor, path: Any) -> torch.Tensor:
             found = found.to(torch.float32)
             broken = int((~torch.isfinite(found)).sum()) if np.isfinite(missing) else 0
             if broken:

@@ -82,7 +82,7 @@ class SplitOutputd(MapTransform):
         self.segmentation_key = segmentation_key
         self.image_key = image_key
 
-    def _with_meta(self, part: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    def _with_meta(self, part: torch.Tensor, source: object) -> torch.Tensor:
         if not isinstance(source, MetaTensor):
             return part
         return MetaTensor(part, meta=dict(source.meta), applied_operations=list(source.applied_operations))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from monai.transforms import AsDiscreted, Compose, KeepLargestConnectedComponentd
+from monai.transforms import AsDiscreted, Compose, InvertibleTransform, KeepLargestConnectedComponentd
 
 from ..switches import is_on
 from ..targets import dense_names
@@ -33,7 +33,7 @@ def load_references(targets: Sequence[Target] = ()) -> LoadReferencesd:
 
 
 def postprocessing(
-    preprocessing: Callable,
+    preprocessing: InvertibleTransform,
     labels: Mapping[str, str],
     targets: Sequence[Target] = (),
     segments: bool = True,

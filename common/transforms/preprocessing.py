@@ -36,7 +36,7 @@ class Spacingd(MonaiSpacingd):
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """Resample ``data`` to the wanted spacing."""
         prefixes = tuple(f"{key}_" for key in self.keys)
-        hidden = {
+        hidden: dict[Hashable, Any] = {
             key: value
             for key, value in data.items()
             if isinstance(key, str)

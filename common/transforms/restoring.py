@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Invertd, MapTransform
+from monai.transforms import Invertd, InvertibleTransform, MapTransform
 
 from ..targets import is_dense, structure_ids
 
@@ -37,7 +37,7 @@ class RestoreGridd(MapTransform):
 
     def __init__(
         self,
-        preprocessing: Callable,
+        preprocessing: InvertibleTransform,
         targets: Sequence[Mapping[str, Any]] = (),
         segmentation_key: str = "segmentation",
         image_key: str = "image",
@@ -64,12 +64,13 @@ class RestoreGridd(MapTransform):
         if logits is not None:
             plain = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
             total = torch.logsumexp(plain.float(), dim=0)
-            highest = labels = None
+            highest: torch.Tensor | None = None
+            labels: MetaTensor | None = None
             for index in range(len(plain)):
                 probability = (plain[index].float() - total).exp()[None]
                 restored = self._restored(probability, d)
                 values = restored.as_tensor()
-                if highest is None:
+                if highest is None or labels is None:
                     dtype = torch.uint8 if len(plain) <= 256 else torch.int16
                     highest, labels = (
                         values.clone(),

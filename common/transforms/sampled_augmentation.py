@@ -7,6 +7,7 @@ Medical Image Segmentation", NeurIPS 2023.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from monai.transforms import (
     Compose,
@@ -73,14 +74,15 @@ def sampled_augmentation(
             raise BadInput(f"`{name}` is {value}; expected a share from 0 to 1")
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise BadInput(f"`scale` is {list(scale)}; expected the smallest and the largest magnification")
-    pool = [
+    blur, exponents = cast("list[tuple[float, float]]", [sigma, gamma])  # MONAI takes any pair
+    pool: list[Callable] = [
         _crop_and_resize(keys, patch_size, crop, probability, thick),
         _affine(keys, rank, probability, rotation, range(3) if thick is None else (thick,), spacing=spacing),
         _RandZoomd(keys, scale, probability, thick),
-        RandGaussianSmoothd("image", prob=probability, sigma_x=sigma, sigma_y=sigma, sigma_z=sigma),
+        RandGaussianSmoothd("image", prob=probability, sigma_x=blur, sigma_y=blur, sigma_z=blur),
         RandScaleIntensityd("image", prob=probability, factors=factor),
         RandScaleIntensityFixedMeand("image", prob=probability, factors=factor, preserve_range=True),
-        RandAdjustContrastd("image", prob=probability, gamma=gamma, retain_stats=True),
+        RandAdjustContrastd("image", prob=probability, gamma=exponents, retain_stats=True),
     ]
     if not 0 <= operations <= len(pool):
         raise BadInput(f"`operations` is {operations}; expected 0 to {len(pool)}")

@@ -46,7 +46,7 @@ class SaveNiftid(MapTransform):
         """Write the map of ``data``, which is returned as it is."""
         found: MetaTensor = data[self.key]
         affine = to_affine_nd(3, found.affine.cpu().numpy())
-        image = nibabel.Nifti1Image(found[0].as_tensor().cpu().numpy().astype(self.dtype, copy=False), affine)
+        image = nibabel.Nifti1Image(found.as_tensor()[0].cpu().numpy().astype(self.dtype, copy=False), affine)
         # Some readers take the one, some the other.
         image.set_sform(affine, code="scanner")
         image.set_qform(affine, code="scanner")

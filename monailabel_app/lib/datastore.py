@@ -70,7 +70,7 @@ class CheckedDatastore(LocalDatastore):
             return path
         if not is_nifti(path):
             raise BadInput(f"its segments are in another order than {list(self.labels)}; send NIfTI, or reorder them")
-        label = nib.load(path)
+        label: Any = nib.load(path)
         order = np.asarray(label.dataobj)
         result = np.zeros(order.shape, dtype=np.uint8 if max(self.labels.values()) < 256 else np.int16)
         for found, wanted in ids.items():

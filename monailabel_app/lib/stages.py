@@ -32,7 +32,7 @@ OPTIONS = ("device", "pretrained", "max_epochs", "val_split", "multi_gpu", "gpus
 def _merged(path: str, config: str, plan: str | None) -> ConfigParser:
     parser = ConfigParser()
     parser.read_config([config, *([plan] if plan else [])])
-    parser.config["bundle_root"] = path
+    parser["bundle_root"] = path
     return parser
 
 

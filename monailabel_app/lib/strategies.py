@@ -60,6 +60,7 @@ class UncertaintyScoring(ScoringMethod):
             os.nice(10)  # whoever waits for a prediction comes first
         weights, device = self._weights(), name_to_device(request.get("device"))
         names = self.pending(datastore)
+        found: dict[str, Any]
         for name in names:
             try:
                 found = self._score(list(weights), datastore.get_image_uri(name), device)

@@ -3,7 +3,7 @@
 # make label STUDIES=folder  annotate its images with MONAI Label (PLAN=plan.json, PORT=8000)
 # make test             everything that checks the project
 # make test-nnunet      imported models against nnU-Net itself, in an environment of its own
-# make lint             ruff
+# make lint             ruff and mypy
 
 PYTHON ?= python3
 VENV   := .venv
@@ -69,3 +69,4 @@ $(NNUNET)/.ready: constraints.txt pyproject.toml
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -52,7 +52,7 @@ NAMES = (
 )
 # nnU-Net registers each layer a second time in a sequence, and the encoder a second time in the decoder.
 REPEATED = re.compile(r"\.all_modules\.|^decoder\.encoder\.")
-_numpy_scalar = np.float64(0).__reduce__()[0]
+_numpy_scalar: Any = np.float64(0).__reduce__()[0]
 # What nnU-Net's log of a training consists of. NumPy 2 moved the function that makes its scalars.
 SAFE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtype,

@@ -155,6 +155,7 @@ class _Audit:
         self.load = case_loader()
         self.found = AuditedCase(patient=patient_key(task.entry))
         self.grid: Grid | None = None
+        self.at: str | None = None  # of a case's files the one that is looked at
 
     def run(self) -> AuditedCase:
         self.image()
@@ -177,30 +178,40 @@ class _Audit:
                     self.say(error.kind, "error", str(error))
         return self.found
 
-    def say(self, kind: str | None, severity: str, message: str, key: str = "image", file: str | None = None) -> None:
-        self.found.findings.append(self.task.finding(kind or "unreadable", severity, message, key, file))
+    def say(self, kind: str | None, severity: str, message: str, key: str = "image") -> None:
+        self.found.findings.append(self.task.finding(kind or "unreadable", severity, message, key, self.at))
 
     @contextmanager
-    def reading(self, key: str) -> Iterator[Any]:
-        """With the path under ``key``, after its files were looked at; what goes wrong becomes a finding."""
-        path, at = self.entry[key], None
+    def noting(self, key: str) -> Iterator[None]:
+        """What goes wrong with what the entry has under ``key`` becomes a finding."""
         try:
-            if not isinstance(path, (str, list)):
-                raise BadInput(f"`{key}` is {path!r}; expected the path of a map", kind="value")
-            for at in [path] if isinstance(path, str) else path:
-                self.found.files += 1
-                if not os.path.exists(at):
-                    raise BadInput(f"{at} does not exist", kind="missing")
-                _check_compressed(at)
-            at = None
-            yield path
+            yield
         except BadInput as error:
-            self.say(error.kind, "error", str(error), key, at)
+            self.say(error.kind, "error", str(error), key)
         except Exception as error:  # whatever a reader raises; an audit goes on
-            self.say("unreadable", "error", f"{at or _first(path)} can't be read: {describe_error(error)}", key, at)
+            self.say("unreadable", "error", f"{key} can't be read: {describe_error(error)}", key)
+        self.at = None
+
+    def files(self, key: str) -> Any:
+        """The path or paths under ``key``, whose files are there, and whole as far as their checksums tell."""
+        path = self.entry[key]
+        if not isinstance(path, (str, list)):
+            raise BadInput(f"`{key}` is {path!r}; expected the path of a map", kind="value")
+        for self.at in [path] if isinstance(path, str) else path:
+            self.found.files += 1
+            if not os.path.exists(self.at):
+                raise BadInput(f"{self.at} does not exist", kind="missing")
+            if not os.path.isdir(self.at) and not os.path.isfile(self.at):
+                raise BadInput(f"{self.at} is no file but a pipe or a device; expected an image", kind="unreadable")
+            if not os.path.getsize(self.at):
+                raise BadInput(f"{self.at} is empty, a file of 0 bytes; copy it again", kind="empty")
+            _check_compressed(self.at)
+        self.at = None
+        return path
 
     def image(self) -> None:
-        with self.reading("image") as path:
+        with self.noting("image"):
+            path = self.files("image")
             self.grid = read_grid(path)
             self.found.shape, self.found.channels = self.grid.shape, self.grid.channels
             if isinstance(path, str) and os.path.isdir(path):
@@ -242,7 +253,8 @@ class _Audit:
         """Audit the label map under ``key``; its ids (*spatial), None where there is none that can be used."""
         if self.entry.get(key) is None:
             return None
-        with self.reading(key) as path:
+        with self.noting(key):
+            path = self.files(key)
             self.same_grid(key, path)
             annotated = self.entry.get("annotated") if key == "label" else None
             ids = check_label(read_map(self.load, key, path), path, self.labels, annotated).numpy()[0]
@@ -258,7 +270,8 @@ class _Audit:
 
     def map(self, target: Mapping[str, Any], label: np.ndarray | None) -> None:
         name, missing = target["name"], float(target.get("missing", 0))
-        with self.reading(name) as path:
+        with self.noting(name):
+            path = self.files(name)
             self.same_grid(name, path)
             values = check_values(read_map(self.load, name, path), name, path, missing)
             array, sides = values.numpy()[0], np.linalg.norm(values.affine.numpy()[:-1, :-1], axis=0)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 __all__ = ["usable_cores", "work_through"]
@@ -32,7 +33,7 @@ def work_through(
     worked on go again, one by one; the one at which a process dies again is given up.
 
     Args:
-        function: importable by its name, since processes are started anew (spawned), not forked.
+        function: importable by its name, since processes are not forked from this one, which may have threads.
         items: what it takes; they and its results go from process to process.
         jobs: processes; 0 works in this one.
         lost: the result of an item that is given up.
@@ -56,6 +57,15 @@ def work_through(
     return [results[index] for index in range(len(items))]
 
 
+def _context(module: str) -> BaseContext:
+    """Processes forked from a fresh one that has imported ``module``, which takes seconds, once for all of them."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
+
+
 def _until_one_dies(
     function: Callable[[Item], Any],
     items: Sequence[Item],
@@ -66,7 +76,7 @@ def _until_one_dies(
     """Work until all is done or a process dies; returns what was being worked on then, at most one item a process."""
     waiting = iter(indices)
     running: dict[Future, int] = {}
-    with ProcessPoolExecutor(min(jobs, len(indices)), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(jobs, len(indices)), _context(function.__module__)) as pool:
         try:
             while True:
                 while len(running) < jobs and (index := next(waiting, None)) is not None:

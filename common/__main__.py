@@ -13,6 +13,7 @@ COMMANDS = {
     "phantoms": ("common.data.phantom", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
     "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
     "datalist": ("common.data.folders", "make a datalist from folders of images, labels and maps"),
+    "check": ("common.data.audit", "read every file of a data set once, and say what is wrong with which"),
     "plan": ("common.planning.plan", "plan spacing, patch, network and intensities for a data set"),
     "import-nnunet": ("common.import_nnunet", "make a teacher of a model that nnU-Net v2 has trained"),
     "complete": ("common.completion", "complete partly labelled cases with the predictions of single-organ teachers"),
@@ -26,6 +27,7 @@ EXAMPLES = {
     "phantoms": "--output data/thick_slices --shape 64 64 16 --spacing 1 1 3 --seed 1",
     "thickness": "--datalist my_data/datalist.json --output my_data/measured --wall 2 --inner 1",
     "datalist": "--images scans --labels masks --names 1=liver --modality CT",
+    "check": "--datalist my_data/datalist.json --output findings.json",
     "plan": "--datalist my_data/datalist.json --output plan.json --memory 4GB",
     "import-nnunet": "nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres --output "
     "bundles/teacher/models/model.pt --plan plan.json",

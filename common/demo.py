@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .data.datalist import VOLUME_SUFFIXES, read_datalist
+from .data.descriptions import NOT_TARGETS
 from .data.phantom import generate_phantoms
 from .errors import BadInput
-from .planning import NOT_TARGETS
 from .report import write_report
 from .study import ROOT, Study, read_study
 from .tables import cost_table, machine, markdown, measured_targets, regression_table, segmentation_table

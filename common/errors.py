@@ -21,7 +21,16 @@ class BadInput(ValueError):
     """Something the user gave (a file, a key, a value) can't be used.
 
     The message says which file or key, what was found, what was expected and what to do.
+
+    Args:
+        message: for people.
+        kind: what is wrong with a file in one word (``truncated``, ``nan``), for reports that programs read;
+            None where nobody said.
     """
+
+    def __init__(self, message: str = "", kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def _reason(error: BaseException) -> BaseException | None:

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,22 +29,27 @@ import numpy as np
 
 from ..errors import BadInput
 from ..targets import dense_names
+from .units import number_doubt
 
 __all__ = [
     "SECTIONS",
     "Grid",
+    "annotated_problems",
     "case_keys",
     "case_name",
     "check_cases",
     "check_labels",
+    "check_number",
     "check_output",
     "check_right_angles",
     "describe_error",
     "dicom_files",
     "grid_difference",
+    "in_both",
     "is_nifti",
     "is_picture",
     "load_section",
+    "patient_key",
     "read_datalist",
     "read_grid",
 ]
@@ -186,6 +191,7 @@ def load_section(
     keys: Sequence[str] = ("image", "label"),
     required: bool = True,
     optional: Sequence[str] = (),
+    exist: bool = True,
 ) -> list[dict[str, Any]]:
     """The entries of a section, with absolute paths and no other keys than asked for.
 
@@ -195,6 +201,7 @@ def load_section(
         keys: what every entry must have; ``unlabeled`` is only asked for ``image``, whatever ``keys`` says.
         required: whether an empty or absent section is an error.
         optional: keys that are taken along where an entry has them (besides ``annotated`` and ``patient``).
+        exist: whether an absent file is an error.
 
     Returns:
         One dict an entry. Empty when the section is and ``required`` is False.
@@ -232,7 +239,7 @@ def load_section(
                 paths = [case[key]] if isinstance(case[key], str) else case[key]
                 absent += [path for path in paths if not os.path.exists(path)]
         loaded.append(case)
-    if absent:
+    if absent and exist:
         shown = ", ".join(absent[:_MOST_FILES])
         more = f" and {len(absent) - _MOST_FILES} more" if len(absent) > _MOST_FILES else ""
         raise BadInput(
@@ -268,6 +275,12 @@ class Grid:
     shape: tuple[int, ...]
     channels: int
     affine: np.ndarray
+
+    @property
+    def sides(self) -> np.ndarray:
+        """A voxel's, in mm, one a spatial axis."""
+        rank = len(self.shape)
+        return np.linalg.norm(self.affine[:-1, :rank], axis=0)
 
 
 def is_nifti(path: str | os.PathLike) -> bool:
@@ -328,7 +341,7 @@ def read_grid(path: PathOrPaths) -> Grid:
         for item, grid in zip(path, grids, strict=True):
             difference = grid_difference(grids[0], grid)
             if difference:
-                raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}")
+                raise BadInput(f"{item} and {path[0]} are channels of one case but {difference}", kind="grid")
         return Grid(grids[0].shape, sum(grid.channels for grid in grids), grids[0].affine)
     if is_picture(path):
         raise BadInput(PICTURE.format(path))
@@ -355,13 +368,14 @@ def check_right_angles(affine: np.ndarray, what: str) -> None:
     axes = np.asarray(affine, dtype=float)[:-1, :-1]
     sides = np.linalg.norm(axes, axis=0)
     if not np.isfinite(sides).all() or (sides == 0).any():
-        raise BadInput(f"{what}: its header gives voxels of {sides.tolist()} mm; correct its affine")
+        raise BadInput(f"{what}: its header gives voxels of {sides.tolist()} mm; correct its affine", kind="affine")
     cosines = (axes / sides).T @ (axes / sides) - np.eye(len(sides))
     if np.abs(cosines).max() > _SHEAR:
         degrees = math.degrees(math.asin(min(1.0, np.abs(cosines).max())))
         raise BadInput(
             f"{what}: its axes are {degrees:.1f} degrees from right angles, as those of a scan with a tilted gantry. "
-            "Volumes, distances and thicknesses would be wrong; resample it to a straight grid first"
+            "Volumes, distances and thicknesses would be wrong; resample it to a straight grid first",
+            kind="affine",
         )
 
 
@@ -378,7 +392,9 @@ def _nifti_grid(path: str | os.PathLike) -> Grid:
     if str(path).lower().endswith(".nii"):
         expected = int(image.dataobj.offset) + math.prod(shape) * image.header.get_data_dtype().itemsize
         if os.path.getsize(path) < expected:
-            raise BadInput(f"{path} is truncated: {os.path.getsize(path)} bytes, its header promises {expected}")
+            raise BadInput(
+                f"{path} is truncated: {os.path.getsize(path)} bytes, its header promises {expected}", kind="truncated"
+            )
     spatial, rest = shape[:3], shape[3:]
     return Grid(tuple(int(size) for size in spatial), math.prod(rest), np.asarray(image.affine, dtype=float))
 
@@ -585,12 +601,14 @@ def check_cases(
     targets: Sequence[Mapping[str, Any]] = (),
     patch_size: Sequence[int] | None = None,
     validation: Sequence[Mapping[str, Any]] = (),
+    testing: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Check cases by their headers, which takes milliseconds a case, so that a run does not stop at its hundredth.
 
     Every file opens; label and dense targets are on the image's grid; the images have ``channels`` channels; case-level
-    targets are numbers; ``annotated`` names known ids, and at least one structure; no patient is in training and in
-    validation.
+    targets are numbers, and lengths and volumes that the image can have; ``annotated`` names known ids, and at least
+    one structure; no patient and no file is in training and in validation or testing. What voxels hold is for
+    ``python -m common check``.
 
     Args:
         entries: entries of :func:`load_section`; any of ``label`` and the targets may be absent.
@@ -598,7 +616,8 @@ def check_cases(
         channels: channels of an image.
         targets: descriptions of the regression targets.
         patch_size: the network's patch; its length is the number of spatial dimensions that an image must have.
-        validation: entries of the validation section, checked likewise and for patients they share with ``entries``.
+        validation: entries of the validation section, checked likewise and for what they share with ``entries``.
+        testing: entries of the testing section, only checked for what they share; their files may be absent.
 
     Raises:
         BadInput: one message with all problems (the first 20 and the count).
@@ -606,8 +625,16 @@ def check_cases(
     problems: list[str] = []
     for entry in (*entries, *validation):
         problems += _case_problems(entry, labels, channels, targets, patch_size)
-    shared = _shared_cases(entries, validation)
-    problems += [f"{what} is in training and in validation; a patient belongs to one of them" for what in shared]
+    for section, others in (("validation", validation), ("testing", testing)):
+        problems += [
+            f"{case_name(ours)} and {case_name(theirs)} are of one patient, and in training and in {section}; a "
+            "patient belongs to one of them"
+            for ours, theirs in in_both(entries, others, patient_key)
+        ]
+        problems += [
+            f"image {_first_path(theirs['image'])} is in training and in {section}; it belongs to one of them"
+            for _, theirs in in_both(entries, others, lambda entry: os.path.realpath(_first_path(entry["image"])))
+        ]
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         listed = "\n  ".join(problems[:_MOST_PROBLEMS])
@@ -616,14 +643,25 @@ def check_cases(
         )
 
 
-def _shared_cases(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[str]:
-    def names(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-        found = {("image", _first_path(entry["image"])): f"image {_first_path(entry['image'])}" for entry in entries}
-        patients = {str(entry["patient"]) for entry in entries if entry.get("patient") is not None}
-        return {**found, **{("patient", patient): f"patient {patient}" for patient in patients}}
+def patient_key(entry: Mapping[str, Any]) -> str | None:
+    """The patient of an entry, which may be written as text or number; None where the entry doesn't say."""
+    return None if entry.get("patient") is None else str(entry["patient"])
 
-    ours, theirs = names(training), names(validation)
-    return [ours[key] for key in sorted(ours) if key in theirs]
+
+def in_both(
+    learnt: Sequence[Mapping[str, Any]],
+    judged: Sequence[Mapping[str, Any]],
+    key: Callable[[Mapping[str, Any]], str | None],
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """For each key that is on both sides the first entry of either side that has it.
+
+    Args:
+        learnt: entries of one side.
+        judged: of the other.
+        key: what an entry is known by; entries without one (None) are left out.
+    """
+    ours, theirs = ({key(entry): entry for entry in reversed(entries)} for entries in (learnt, judged))
+    return [(ours[name], entry) for name, entry in reversed(theirs.items()) if name is not None and name in ours]
 
 
 def _case_problems(
@@ -663,15 +701,41 @@ def _case_problems(
         value = entry.get(target["name"])
         if target["name"] in dense or value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            problems.append(f"{case}: `{target['name']}` is {value!r}; expected a number (a {target['kind']} a case)")
+        try:
+            check_number(target, value, image)
+        except BadInput as error:
+            problems.append(f"{case}: {error}")
+    return problems + [f"{case}: {problem}" for problem in annotated_problems(entry, labels)]
+
+
+def check_number(target: Mapping[str, Any], value: Any, image: Grid) -> None:
+    """Check a case-level target's value.
+
+    Args:
+        target: its description.
+        value: as in the entry.
+        image: the grid of the case's image.
+
+    Raises:
+        BadInput: it is no number, or a length, area or volume that the image can't have.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isinf(value):
+        raise BadInput(f"`{target['name']}` is {value!r}; expected a number (a {target['kind']} a case)", kind="value")
+    doubt = number_doubt(target, value, image.shape, image.sides)
+    if doubt:
+        raise BadInput(doubt, kind="units")
+
+
+def annotated_problems(entry: Mapping[str, Any], labels: Mapping[str, str] | None) -> list[str]:
+    """What is wrong with the ids that an entry is ``annotated`` for."""
+    problems = []
     if labels is not None and entry.get("annotated") is not None:
         unknown = [str(key) for key in entry["annotated"] if str(key) not in map(str, labels)]
         if unknown:
-            problems.append(f"{case}: `annotated` names the ids {unknown}; `labels` has {list(labels)}")
+            problems.append(f"`annotated` names the ids {unknown}; `labels` has {list(labels)}")
         if entry.get("label") is not None and not any(str(key) != "0" for key in entry["annotated"]):
             problems.append(
-                f"{case}: `annotated` is {entry['annotated']}, which names no structure; list the ids that the label "
+                f"`annotated` is {entry['annotated']}, which names no structure; list the ids that the label "
                 "speaks of, or leave `annotated` out where it speaks of all. A case without a label goes to `unlabeled`"
             )
     return problems

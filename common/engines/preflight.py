@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from monai.utils import set_determinism
 
-from ..data.datalist import check_cases, check_labels, check_output, read_datalist
+from ..data.datalist import check_cases, check_labels, check_output, load_section, read_datalist
 from ..errors import BadInput, report_plainly
 from ..targets import check_targets
 from .allocator import keep_pages
@@ -66,8 +66,9 @@ def preflight(
     Args:
         training: labelled entries.
         validation: entries of the validation; may be empty.
-        datalist: where they come from; its ``labels`` must be those of the config. Not read when it does not exist, as
-            when MONAI Label gives the entries.
+        datalist: where they come from; its ``labels`` must be those of the config, and its ``testing`` section must
+            share no patient and no image with the training. Not read when it does not exist, as when MONAI Label
+            gives the entries.
         labels: names of the classes by id, background as ``"0"``.
         channels: number of the image's channels.
         output_dir: must be writable, and no other training may be writing there.
@@ -90,7 +91,7 @@ def preflight(
                 f"`targets` names {target['name']!r}, but no training case of {datalist} has that key: nothing to "
                 "learn it from."
             )
-    _check_labels(datalist, labels)
+    testing = _check_datalist(datalist, labels)
     if divisor is not None and patch_size is not None:
         wrong = [size for size, by in zip(patch_size, divisor, strict=False) if size % by]
         if len(patch_size) != len(divisor) or wrong:
@@ -98,7 +99,7 @@ def preflight(
                 f"patch_size: {list(patch_size)} does not fit the network, whose strides need sides divisible by "
                 f"{list(divisor)}. Choose another patch_size, or other strides."
             )
-    check_cases([*training, *unlabeled], labels, channels, targets, patch_size, validation)
+    check_cases([*training, *unlabeled], labels, channels, targets, patch_size, validation, testing)
     for folder in folders:
         occupy(folder)
     logger.info(
@@ -135,10 +136,14 @@ def check_evaluation(
     """
     check_output(output_dir)
     check_targets(targets, labels)
-    _check_labels(datalist, labels)
+    _check_datalist(datalist, labels)
     check_cases(cases, labels, channels, targets, patch_size)
 
 
-def _check_labels(datalist: str, labels: Mapping[str, str]) -> None:
-    if Path(datalist).is_file():
-        check_labels(read_datalist(datalist), labels)
+def _check_datalist(datalist: str, labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Check that a datalist, where there is one, has the same structures; returns its testing entries."""
+    if not Path(datalist).is_file():
+        return []
+    content = read_datalist(datalist)
+    check_labels(content, labels)
+    return load_section(content, "testing", keys=("image",), required=False, exist=False)

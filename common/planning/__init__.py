@@ -1,7 +1,7 @@
 """Plans: from what a data set shows to the settings that all bundles take."""
 
 from .doubts import doubts
-from .findings import NOT_TARGETS, Findings, find
+from .findings import Findings, find
 from .plan import make_plan
 from .topology import (
     Topology,
@@ -14,7 +14,6 @@ from .topology import (
 )
 
 __all__ = [
-    "NOT_TARGETS",
     "Findings",
     "Topology",
     "doubts",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..data.units import AIR, hounsfield_doubt
 from ..targets import is_dense
 from .findings import Case, Findings
 
@@ -15,7 +16,6 @@ __all__ = ["doubts"]
 SHOWN = 5
 OTHER_SPACING = 2.0  # times the median, or a half of it
 OTHER_UNIT = 5.0  # times the median, or that part of it; millimetres and centimetres differ by more
-AIR = -200.0  # a CT shows air, of -1000 Hounsfield units, nearly always
 UNLIKE_MR = -500.0  # nothing but a CT goes down to that
 BELOW_VOXELS = 10.0  # a thickness of a tenth of the finest voxel side can't have been measured
 
@@ -106,7 +106,7 @@ def _hounsfield_units(findings: Findings) -> list[str]:
         lowest = np.array([case.lowest[channel] for case in findings.cases])
         highest = max(case.highest[channel] for case in findings.cases)
         which = f"channel {channel} of " if findings.channels > 1 else ""
-        airless = [case for case, low in zip(findings.cases, lowest, strict=True) if low > AIR]
+        airless = [case for case in findings.cases if hounsfield_doubt(case.lowest[channel], case.highest[channel])]
         if ct and airless:
             found = f"{min(case.lowest[channel] for case in airless):g} to {max(c.highest[channel] for c in airless):g}"
             sentences.append(
@@ -123,7 +123,10 @@ def _hounsfield_units(findings: Findings) -> list[str]:
 
 
 def _target_units(findings: Findings) -> list[str]:
-    sentences = []
+    beyond = [f"{case.name}: {words}" for case in findings.cases for words in case.beyond]
+    sentences = beyond[:SHOWN]
+    if len(beyond) > SHOWN:
+        sentences.append(f"{len(beyond) - SHOWN} more values of targets that can't be in their unit.")
     for target in findings.targets:
         name, unit = target["name"], target.get("unit", "")
         if not unit:
@@ -143,18 +146,7 @@ def _target_units(findings: Findings) -> list[str]:
 
 
 def _unlike_millimetres(findings: Findings, name: str, sizes: dict[str, float]) -> list[str]:
-    """Longer than the image, or far below what its voxels can show."""
-    beyond = [
-        case
-        for case in findings.cases
-        if name in case.maps and case.maps[name][3].max() > np.linalg.norm(case.shape * case.spacing)
-    ]
-    if beyond:
-        worst = beyond[0]
-        return [
-            f"target {name}: {_names(beyond)}: values up to {worst.maps[name][3].max():g} mm are longer than the "
-            f"image itself, {np.linalg.norm(worst.shape * worst.spacing):.0f} mm across. Is the unit micrometres?"
-        ]
+    """Far below what the voxels can show."""
     finest = float(findings.spacings.min())
     typical = float(np.median(list(sizes.values()))) if sizes else finest
     if 0 < typical < finest / BELOW_VOXELS:

@@ -11,15 +11,16 @@ import numpy as np
 from scipy import ndimage
 from tqdm import tqdm
 
-from ..data.datalist import SECTIONS, VOLUME_SUFFIXES, case_name, load_section, read_grid
+from ..data.datalist import SECTIONS, case_name, load_section, read_grid
+from ..data.descriptions import described_targets, is_ct, label_names, modalities
+from ..data.units import map_doubts, number_doubt
 from ..errors import BadInput
-from ..targets import check_targets, dense_names, is_dense, structure_ids
+from ..targets import dense_names, is_dense, structure_ids
 from ..transforms.loading import LoadCased
 
-__all__ = ["NOT_TARGETS", "Case", "Findings", "find", "modalities"]
+__all__ = ["Case", "Findings", "find"]
 
 FOREGROUND_SAMPLES_PER_CASE = 10000
-NOT_TARGETS = ("image", "label", "annotated", "patient")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Case:
         maps: of a dense target, by label id sum and number of its valid values, the lowest and the highest of them;
             absent where there are none.
         numbers: of a case-level target, its value.
+        beyond: what of its targets can't be in their units, a sentence each.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     annotated: Sequence[int] | None = None
     maps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    beyond: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Findings:
     def ct(self) -> list[bool]:
         """Whether each channel is CT: only then do intensities mean the same in every image."""
         named = self.modalities or [""] * self.channels
-        return [name.strip().lower() == "ct" for name in named]
+        return [is_ct(name) for name in named]
 
     @property
     def spacings(self) -> np.ndarray:
@@ -105,12 +108,6 @@ class Findings:
         return float(np.median([np.prod(case.nonzero / case.shape) for case in self.cases]))
 
 
-def modalities(content: Mapping[str, Any]) -> list[str]:
-    """Names of the channels, as far as the datalist tells them."""
-    named = content.get("modality", content.get("channel_names", {}))
-    return [str(name) for name in named.values()] if isinstance(named, dict) else [str(named)] if named else []
-
-
 def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
     """Read the cases of a datalist: every header, then the voxels of the training cases.
 
@@ -123,8 +120,8 @@ def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
     """
     if not content.get("training"):
         raise BadInput(f"{content['path']}: `training` is empty. A plan needs the labelled training cases.")
-    labels = _labels(content)
-    targets = _described(content, labels)
+    labels = label_names(content)
+    targets = described_targets(content, labels)
     names = [target["name"] for target in targets]
     entries = load_section(content, "training", keys=("image",), optional=("label", *names))
     findings = _read_headers(content, entries, labels)
@@ -134,16 +131,6 @@ def find(content: Mapping[str, Any], progress: bool = False) -> Findings:
     for target in targets:
         _complete(target, findings.cases)
     return findings
-
-
-def _labels(content: Mapping[str, Any]) -> dict[str, str]:
-    labels = {str(key): str(name) for key, name in content.get("labels", {}).items()}
-    if len(labels) < 2 or sorted(labels) != sorted(str(index) for index in range(len(labels))):
-        raise BadInput(
-            f"{content['path']}: `labels` is {content.get('labels')}; expected ids 0 (background) to K - 1 with names, "
-            'like {"0": "background", "1": "lumen"}.'
-        )
-    return dict(sorted(labels.items(), key=lambda item: int(item[0])))
 
 
 def _read_headers(content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], labels: dict[str, str]) -> Findings:
@@ -210,37 +197,6 @@ def _examples(found: Mapping[int, str], unit: str = "") -> str:
     return ", ".join(f"{count}{unit} ({name})" for count, name in sorted(found.items()))
 
 
-def _target_names(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Entry keys that hold a map (dense) and keys that hold a number (case), in the order of appearance."""
-    dense: dict[str, None] = {}
-    numbers: dict[str, None] = {}
-    for entry in content["training"]:
-        for key, value in entry.items():
-            if key in NOT_TARGETS:
-                continue
-            if isinstance(value, str) and value.lower().endswith(VOLUME_SUFFIXES):
-                dense[key] = None
-            elif isinstance(value, (int, float)) and not isinstance(value, bool):
-                numbers[key] = None
-    return list(dense), list(numbers)
-
-
-def _described(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The datalist's own description of the targets; without one, a guess from the entries."""
-    if "targets" in content:
-        check_targets(content["targets"], labels, f"{content['path']}, targets")
-        return [{"kind": "dense", **target} for target in content["targets"]]
-    dense, numbers = _target_names(content)
-    foreground = [int(index) for index in labels if index != "0"]
-    structure = foreground[0] if len(foreground) == 1 else foreground
-    guessed: list[dict[str, Any]] = [
-        *({"name": name, "unit": "", "kind": "dense", "missing": 0} for name in dense),
-        *({"name": name, "unit": "", "kind": "mean", "structure": structure} for name in numbers),
-    ]
-    check_targets(guessed, labels, f"{content['path']}, keys of the entries")
-    return guessed
-
-
 def _read_voxels(
     content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings, progress: bool
 ) -> None:
@@ -263,7 +219,9 @@ def _read_voxels(
         case.nonzero = np.asarray(sides)[case.axes]
         for target in findings.targets:
             if not is_dense(target):
-                case.numbers[target["name"]] = float(loaded[target["name"]])
+                number = case.numbers[target["name"]] = float(loaded[target["name"]])
+                doubt = number_doubt(target, number, case.shape, case.spacing)
+                case.beyond += [doubt] if doubt else []
         if "label" not in loaded:
             continue
         label = loaded["label"].numpy()[0]
@@ -271,10 +229,12 @@ def _read_voxels(
         for channel, samples in foreground.items():
             if (label > 0).any():
                 samples.append(rng.choice(image[channel][label > 0], FOREGROUND_SAMPLES_PER_CASE))
-        for name in dense:
-            if entry.get(name) is None:
+        for target in findings.targets:
+            name = target["name"]
+            if name not in dense or entry.get(name) is None:
                 continue
             values = loaded[name].numpy()[0]
+            case.beyond += [words for _, words in map_doubts(target, values, loaded["image"].pixdim, label)]
             valid = np.isfinite(values) & (values != missing[name])
             where, found, ids = label[valid], values[valid].astype(float), np.arange(len(findings.labels))
             if found.size:

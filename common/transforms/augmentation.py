@@ -38,13 +38,13 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from ..data.units import LENGTHS
 from ..errors import BadInput
 from ..targets import is_dense
 
 __all__ = ["crop", "crop_indices", "supervised_augmentation", "weak_and_strong"]
 
 _INDICES_A_CLASS = 10_000  # as nnU-Net keeps; all of them would take eight bytes a voxel of each cached case
-_LENGTHS = ("m", "cm", "mm", "um", "µm")
 _NOT_MAPS = ("image", "strong", "label")
 
 
@@ -170,7 +170,7 @@ def supervised_augmentation(
             or one of these makes no sense.
     """
     maps, missing = _maps(keys, targets)
-    of_length = [t for t in targets if t["name"] in missing and t.get("unit", "") in _LENGTHS]
+    of_length = [t for t in targets if t["name"] in missing and t.get("unit", "") in LENGTHS]
     lengths = [target["name"] for target in of_length]
     rank = len(patch_size)
     thick = thick_axis % rank if thick_axis is not None and rank == 3 else None

@@ -27,8 +27,19 @@ from ..data.datalist import (
 from ..errors import BadInput
 from ..targets import dense_names, is_dense
 
-__all__ = ["LoadCased", "LoadReferencesd", "image_loader"]
+__all__ = [
+    "LoadCased",
+    "LoadReferencesd",
+    "case_loader",
+    "check_label",
+    "check_values",
+    "image_loader",
+    "read_image",
+    "read_map",
+]
 
+# What nibabel and ITK say of a file that is shorter than its header promises.
+_CUT_SHORT = ("ended before the end-of-stream marker", " bytes, got ", "fread got only", " bytes but received ")
 _ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
 
 
@@ -82,7 +93,7 @@ class LoadCased(MapTransform):
         self.labels = None if labels is None else {int(key): name for key, name in labels.items()}
         self.channels = channels
         self.targets = {key: described[key] for key in self.keys if key in described}
-        self.load = _map_loader()
+        self.load = case_loader()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load what ``data`` names; see the class."""
@@ -101,7 +112,7 @@ class LoadCased(MapTransform):
         if "label" in self.keys and self._present(case, "label", image_path):
             # What predictions have completed holds more than the case is annotated for.
             annotated = None if case.get("completed") else case.get("annotated")
-            convert = partial(self._label, annotated=annotated)
+            convert = partial(check_label, labels=self.labels, annotated=annotated)
             case["label"] = self._map("label", case["label"], grid, image_path, convert)
         for name, target in self.targets.items():
             case[name] = self._target(target, case, grid, image_path)
@@ -116,13 +127,8 @@ class LoadCased(MapTransform):
             raise BadInput(f"case {case_name(image_path)} has no `{key}`; found the keys {sorted(map(str, case))}")
         return False
 
-    def _image(self, path: Any) -> torch.Tensor:
-        image = _read(self.load, "image", path).to(torch.float32)
-        broken = int((~torch.isfinite(image)).sum())
-        if broken:
-            raise BadInput(
-                f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file"
-            )
+    def _image(self, path: Any) -> MetaTensor:
+        image = read_image(self.load, path)
         if self.dimensions is not None and image.ndim - 1 != self.dimensions:
             raise BadInput(
                 f"{_path(path)} has the shape {tuple(image.shape[1:])}; the network takes images of {self.dimensions} "
@@ -133,9 +139,7 @@ class LoadCased(MapTransform):
         return image
 
     def _map(self, key: str, path: Any, grid: Grid, image_path: Any, convert: Any) -> MetaTensor:
-        value = _read(self.load, key, path)
-        if value.shape[0] != 1:
-            raise BadInput(f"{key} {_path(path)} has {value.shape[0]} channels; expected one map")
+        value = read_map(self.load, key, path)
         difference = grid_difference(grid, _grid(value))
         if difference:
             raise BadInput(f"image {_path(image_path)} and {key} {_path(path)} are not on one grid: {difference}")
@@ -143,31 +147,6 @@ class LoadCased(MapTransform):
         # The last digits of two headers differ; resampled by their own, the two would drift apart.
         value.affine = torch.as_tensor(to_affine_nd(value.ndim - 1, grid.affine), dtype=torch.float64)
         return value
-
-    def _label(self, value: MetaTensor, path: Any, annotated: Sequence[int] | None = None) -> torch.Tensor:
-        array = value.as_tensor().numpy()
-        rounded = np.round(array)
-        if not np.isfinite(array).all() or np.abs(array - rounded).max(initial=0) > _ROUNDING:
-            raise BadInput(f"label {_path(path)} holds values that are not whole numbers; expected label ids")
-        low, high = int(rounded.min(initial=0)), int(rounded.max(initial=0))
-        if low < 0 or high > np.iinfo(np.int16).max:
-            raise BadInput(f"label {_path(path)} holds ids from {low} to {high}; expected 0 to K - 1")
-        small = max(high, *(self.labels or [0])) <= np.iinfo(np.uint8).max
-        # Counting is many times faster than sorting, which np.unique would do.
-        found = np.flatnonzero(np.bincount(rounded.astype(np.int16).ravel())).tolist()
-        unknown = [identity for identity in found if self.labels is not None and identity not in self.labels]
-        if unknown:
-            expected = ", ".join(f"{identity} {name}" for identity, name in (self.labels or {}).items())
-            raise BadInput(
-                f"label {_path(path)} holds the ids {found[:20]}; {unknown[:20]} are not in `labels` ({expected})"
-            )
-        known = {0, *map(int, annotated)} if annotated is not None else set(found)
-        if not known.issuperset(found):
-            raise BadInput(
-                f"label {_path(path)} holds the ids {found[:20]}, but the case's `annotated` is "
-                f"{list(annotated or ())}: add the ids that the label speaks of, or take the others out of the file"
-            )
-        return value.round().to(torch.uint8 if small else torch.int16)
 
     def _target(self, target: Mapping[str, Any], case: Mapping[Hashable, Any], grid: Grid, image_path: Any) -> Any:
         name, value = target["name"], case.get(target["name"])
@@ -184,17 +163,108 @@ class LoadCased(MapTransform):
                 return None
             return torch.full_like(label, missing, dtype=torch.float32)
 
-        def convert(found: torch.Tensor, path: Any) -> torch.Tensor:
-            found = found.to(torch.float32)
-            broken = int((~torch.isfinite(found)).sum()) if np.isfinite(missing) else 0
-            if broken:
-                raise BadInput(
-                    f"{name} {_path(path)} has {broken} NaN or infinite voxels; "
-                    f"write {missing:g} (the target's `missing`) there"
-                )
-            return found
+        def convert(found: MetaTensor, path: Any) -> MetaTensor:
+            return check_values(found, name, path, missing)
 
         return self._map(name, value, grid, image_path, convert)
+
+
+def read_image(load: LoadImage, path: Any) -> MetaTensor:
+    """Read an image as float32 (C, *spatial).
+
+    Args:
+        load: a :func:`case_loader`.
+        path: a file, a folder with a DICOM series, or a list of files, one a channel.
+
+    Raises:
+        BadInput: it can't be read, its axes are not at right angles, or it holds NaN or infinite voxels.
+    """
+    image = _read(load, "image", path).to(torch.float32)
+    broken = int((~torch.isfinite(image)).sum())
+    if broken:
+        raise BadInput(
+            f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file", kind="nan"
+        )
+    return image
+
+
+def read_map(load: LoadImage, key: str, path: Any) -> MetaTensor:
+    """Read a label or a target's map, (1, *spatial); the arguments are those of :func:`read_image`.
+
+    Raises:
+        BadInput: it can't be read, its axes are not at right angles, or it has several channels.
+    """
+    value = _read(load, key, path)
+    if value.shape[0] != 1:
+        raise BadInput(f"{key} {_path(path)} has {value.shape[0]} channels; expected one map", kind="channels")
+    return value
+
+
+def check_label(
+    value: MetaTensor, path: Any, labels: Mapping[int, str] | None = None, annotated: Sequence[int] | None = None
+) -> MetaTensor:
+    """A label map as whole numbers, uint8 or int16, in its own shape.
+
+    Args:
+        value: as read.
+        path: of its file, for messages.
+        labels: names by id; None allows any.
+        annotated: the ids that the label speaks of; None for all.
+
+    Raises:
+        BadInput: it holds something else than label ids, or others than these.
+    """
+    array = value.as_tensor().numpy()
+    rounded = np.round(array)
+    finite = bool(np.isfinite(array).all())
+    if not finite or np.abs(array - rounded).max(initial=0) > _ROUNDING:
+        raise BadInput(
+            f"label {_path(path)} holds values that are not whole numbers; expected label ids",
+            kind="labels" if finite else "nan",
+        )
+    low, high = int(rounded.min(initial=0)), int(rounded.max(initial=0))
+    if low < 0 or high > np.iinfo(np.int16).max:
+        raise BadInput(f"label {_path(path)} holds ids from {low} to {high}; expected 0 to K - 1", kind="labels")
+    small = max(high, *(labels or [0])) <= np.iinfo(np.uint8).max
+    # Counting is many times faster than sorting, which np.unique would do.
+    found = np.flatnonzero(np.bincount(rounded.astype(np.int16).ravel())).tolist()
+    unknown = [identity for identity in found if identity not in labels] if labels is not None else []
+    if labels is not None and unknown:
+        expected = ", ".join(f"{identity} {name}" for identity, name in labels.items())
+        raise BadInput(
+            f"label {_path(path)} holds the ids {found[:20]}; {unknown[:20]} are not in `labels` ({expected})",
+            kind="labels",
+        )
+    if annotated is not None and not {0, *map(int, annotated)}.issuperset(found):
+        raise BadInput(
+            f"label {_path(path)} holds the ids {found[:20]}, but the case's `annotated` is {list(annotated)}: add "
+            "the ids that the label speaks of, or take the others out of the file",
+            kind="annotated",
+        )
+    return value.round().to(torch.uint8 if small else torch.int16)
+
+
+def check_values(value: MetaTensor, name: str, path: Any, missing: float) -> MetaTensor:
+    """A dense target's map as float32, in its own shape.
+
+    Args:
+        value: as read.
+        name: of the target.
+        path: of its file, for messages.
+        missing: the number that says "no value here".
+
+    Raises:
+        BadInput: it holds NaN or infinite voxels, and these are not what says so.
+    """
+    value = value.to(torch.float32)
+    broken = int((~torch.isfinite(value)).sum()) if np.isfinite(missing) else 0
+    if broken:
+        raise BadInput(
+            f"{name} {_path(path)} has {broken} NaN or infinite voxels; write {missing:g} (the target's `missing`) "
+            "there",
+            kind="nan",
+        )
+    return value
 
 
 class LoadReferencesd(MapTransform):
@@ -210,7 +280,7 @@ class LoadReferencesd(MapTransform):
 
     def __init__(self, targets: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(["label", *dense_names(targets)], allow_missing_keys=True)
-        self.load = _map_loader()
+        self.load = case_loader()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load what ``data`` names; see the class."""
@@ -220,7 +290,8 @@ class LoadReferencesd(MapTransform):
         return case
 
 
-def _map_loader() -> LoadImage:
+def case_loader() -> LoadImage:
+    """What reads a case's files: channel first, with the few keys of a header that are of use."""
     # Simple keys: the other fields of a header are of no use later, and each transform would copy them.
     return image_loader(ensure_channel_first=True, simple_keys=True)
 
@@ -230,14 +301,15 @@ def _read(load: LoadImage, key: str, path: Any) -> MetaTensor:
     # A case is known by its image; only other files need a word.
     what = str(first) if key == "image" else f"{key} {first}"
     if not os.path.exists(first):
-        raise BadInput(f"{what} does not exist")
+        raise BadInput(f"{what} does not exist", kind="missing")
     grid = None if is_nifti(first) else read_grid(path)
     reader = NibabelReader() if grid is None else ITKReader()
     try:
         value = _own_rank(load(path, reader=reader))
     except Exception as error:
         raise BadInput(
-            f"{what} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
+            f"{what} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again",
+            kind="truncated" if any(words in str(error) for words in _CUT_SHORT) else "unreadable",
         ) from error
     if grid is not None and value.ndim == 4:
         # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.

@@ -39,7 +39,7 @@ def case(tmp_path):
         "image": write(tmp_path / "image.nii.gz"),
         "label": write(tmp_path / "label.nii.gz"),
         "thickness": write(tmp_path / "thickness.nii.gz"),
-        "volume": 1.5,
+        "volume": 0.1,
     }
 
 
@@ -197,11 +197,31 @@ def test_truncated_nifti_is_found_by_its_size(tmp_path):
 
 def test_patients_and_images_stay_on_one_side(case, tmp_path):
     other = {"image": write(tmp_path / "b.nii.gz")}
-    with pytest.raises(BadInput, match="patient 7 is in training and in validation"):
+    with pytest.raises(BadInput, match="image and b are of one patient, and in training and in validation"):
         check_cases([{**case, "patient": 7}], validation=[{**other, "patient": "7"}])
     with pytest.raises(BadInput, match="is in training and in validation"):
         check_cases([case], validation=[{**case}])
     check_cases([{**case, "patient": 7}], validation=[{**other, "patient": 8}])
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(case["image"])
+    with pytest.raises(BadInput, match=r"image .*link\.nii\.gz is in training and in validation"):
+        check_cases([case], validation=[{"image": str(link)}])
+
+
+def test_testing_is_compared_though_its_files_may_be_elsewhere(case):
+    absent = {"image": "absent.nii.gz"}
+    check_cases([{**case, "patient": 7}], testing=[{**absent, "patient": 8}])
+    with pytest.raises(BadInput, match="image and absent are of one patient, and in training and in testing"):
+        check_cases([{**case, "patient": 7}], testing=[{**absent, "patient": 7}])
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [(0.13, "more than the whole image, which has 0.12 mL"), (-0.1, "negative"), (float("inf"), "expected a number")],
+)
+def test_a_volume_that_the_image_can_not_have(case, volume, message):
+    with pytest.raises(BadInput, match=f"image: `volume` is .*{message}"):
+        check_cases([{**case, "volume": volume}], targets=TARGETS)
 
 
 def test_labels_of_datalist_and_config_agree():

@@ -77,6 +77,13 @@ def test_a_case_of_every_section_is_checked(settings, tmp_path):
             preflight(**{**settings, section: [entry]})
 
 
+def test_the_testing_section_is_no_training_data(settings, tmp_path):
+    content = {"labels": LABELS, "training": [], "testing": ["image.nii.gz"]}
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"image\.nii\.gz is in training and in testing"):
+        preflight(**settings)
+
+
 @pytest.mark.parametrize("key", ["output_dir", "ckpt_dir"])
 def test_a_folder_that_can_not_be_written(settings, tmp_path, key):
     (tmp_path / "file").write_text("in the way")

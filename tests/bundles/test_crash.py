@@ -112,6 +112,8 @@ class Runs:
         assert histories[0] == histories[1]
         assert (folder / "train" / "curves.png").is_file()
         assert json.loads((folder / "models" / "model.json").read_text())["weights"] == weights_digest(paths[0])
+        record = json.loads((folder / "train" / "run.json").read_text())
+        assert not [resumed for resumed in record["resumed"] if resumed["changed"]]
         left = [path for path in folder.rglob(".*.tmp") if ".pt." in path.name]
         assert left == [], "what a killed run was writing takes no room for good"
 

@@ -266,8 +266,8 @@ class Tracking(_Run):
             "tracking_uri": self.uri,
         }
         if earlier:
-            before, now = (dict(_leaves(config, config)) for config in (earlier["config"], self.config))
-            before["resume"] = now.get("resume")
+            configs = {**earlier["config"], "resume": self.config.get("resume")}, self.config
+            before, now = (dict(_leaves(config, config)) for config in configs)
             changed = [*different(before, now), *different(earlier["made_with"], made_with)]
             self.record["resumed"].append({"after_epoch": engine.state.epoch, "changed": changed})
             if changed:

@@ -19,6 +19,7 @@ COMMANDS = {
     "complete": ("common.completion", "complete partly labelled cases with the predictions of single-organ teachers"),
     "pack": ("common.packing.pack", "pack a trained bundle and all that it needs into one file to share"),
     "verify": ("common.packing.verify", "check a packed bundle before it is used, without running anything of it"),
+    "reproduce": ("common.reproduce", "repeat a training from its record, and say what differs here"),
     "study": ("common.study", "run experiments of several stages and comparisons, and write their tables"),
     "compare": ("common.compare", "train and evaluate the published systems alike, and compare them as papers do"),
     "demo": ("common.demo", "train, evaluate and compare all three stages, and write a report with pictures"),
@@ -35,6 +36,7 @@ EXAMPLES = {
     "--output my_data/completed",
     "pack": "dual_decoder --plan plan.json --evaluation output/eval/summary.json --output dual_decoder-1.0.0.zip",
     "verify": "dual_decoder-1.0.0.zip --run-code",
+    "reproduce": "output/teacher --output output/again --run",
     "study": "studies/hippocampus.json --data my_data/hippocampus --output output/hippocampus --seeds 0,1,2 --jobs 2",
     "compare": "--recipes all --data my_data --datalist datalist.json --steps 900 --seeds 0,1,2 --output "
     "output/compare",

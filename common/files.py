@@ -15,7 +15,7 @@ from .errors import BadInput
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
-__all__ = ["intended_name", "write_atomically", "write_nifti"]
+__all__ = ["intended_name", "remove_leftovers", "temporary_name", "write_atomically", "write_nifti"]
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
@@ -32,8 +32,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes | memory
         BadInput: the file can't be written.
     """
     path = Path(path)
-    # Hidden and without the file's suffix, so that nobody takes it for the file.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
@@ -59,6 +58,19 @@ def write_nifti(path: str | os.PathLike[str], image: Nifti1Image) -> None:
     """
     # Compressed as nibabel does: noise hardly shrinks further, and the higher levels take many times as long.
     write_atomically(path, gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside a file, hidden and without the file's suffix, so that nobody takes it for the file."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes have left of writing a file, which nobody else may be writing now."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        if intended_name(leftover.name) == path.name:
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def intended_name(name: str) -> str:

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from .errors import BadInput
 from .files import write_atomically
 from .planning import make_plan, parse_memory
+from .provenance import git_state
 from .tables import markdown
 
 __all__ = ["Run", "Study", "add_arguments", "main"]
@@ -327,13 +328,8 @@ class Study:
 
 def _commit() -> str | None:
     """The checkout's commit, with ``+`` behind it where files differ from it; None outside of a repository."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + "+" * bool(changed.strip())
+    git = git_state(ROOT)
+    return git and git[0] + "+" * git[1]
 
 
 def _shares(jobs: int) -> list[list[int] | None]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 import torch.distributed as dist
 from ignite.engine import Events
@@ -110,7 +112,11 @@ class SemiSupervisedTrainer(Trainer):
         self._sums.clear()
         self._counts.clear()
         rank = idist.get_rank()
-        torch.manual_seed((self.seed * 1_000_003 + self.state.epoch) * 1_009 + rank)
+        seed = (self.seed * 1_000_003 + self.state.epoch) * 1_009 + rank
+        torch.manual_seed(seed)
+        # Nothing here draws from these two; a method of somebody else's may.
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         if hasattr(self.data_loader, "set_epoch"):
             self.data_loader.set_epoch(self.state.epoch)
 

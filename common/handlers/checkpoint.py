@@ -16,7 +16,7 @@ from torch import nn
 
 from ..engines.trainer import SemiSupervisedTrainer
 from ..errors import BadInput
-from ..files import write_atomically
+from ..files import remove_leftovers, write_atomically
 from ..networks import check_finite, save_weights
 from ..switches import is_on
 
@@ -81,6 +81,10 @@ class Checkpoint:
             engine.add_event_handler(Events.COMPLETED, self._deploy)
 
     def _begin(self, engine: SemiSupervisedTrainer) -> None:
+        if idist.get_rank() == 0:
+            # The only files that are large, and nobody else writes them.
+            for path in (self.checkpoint_path, self.best_path, self.model_path):
+                remove_leftovers(path)
         if not self.resume or not self.checkpoint_path.exists():
             if self.best_path.exists() and idist.get_rank() == 0:
                 self.best_path.unlink()

@@ -106,5 +106,7 @@ class Progress:
     def _finish(self, engine: Engine) -> None:
         if self.bar is not None:
             self.bar.close()
+        else:  # resumed when all epochs were done, and the curves perhaps were not
+            self._recall(engine.state.epoch + 1)
         if self.history:
             save_curves(self.output_dir / "curves.png", dict(self.history))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from ignite.engine import Engine, Events
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 from monai.handlers import MLFlowHandler
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -26,8 +29,9 @@ from .. import __version__
 from ..engines.configuration import running_config
 from ..engines.origin import read_record, trained_settings
 from ..errors import BadInput
-from ..files import write_atomically
+from ..files import temporary_name, write_atomically
 from ..networks import read_weights, state_digest
+from ..provenance import ROOT, DataDigests, different, environment
 
 __all__ = ["EvaluationTracking", "Tracking", "read_lineage", "weights_digest"]
 
@@ -35,7 +39,7 @@ logger = logging.getLogger(__name__)
 _LIMIT = 500  # characters of a parameter that every MLflow store takes
 _KEY_LIMIT = 250  # characters of its name
 _BATCH = 100  # parameters that a store takes at a time
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 _SQLITE = "sqlite:///"
 
 
@@ -94,6 +98,7 @@ class _Run(MLFlowHandler):
 
     @_plainly
     def _connect(self, run_name: str | None) -> None:
+        _make_database(self.uri)
         super().__init__(
             tracking_uri=self.uri,
             iteration_log=False,
@@ -162,8 +167,11 @@ class Tracking(_Run):
 
     By default everything goes to an SQLite file in ``output_dir``. Beside the weights it writes ``model.json``, by
     which the next stage finds the run they came from. A training that is resumed continues its run, which ``run.json``
-    in ``output_dir`` names. Parameters are all values of the config, ``train#trainer#max_epochs`` as
-    ``train/trainer/max_epochs``. MLflow's own usage reports are off, unless ``MLFLOW_DISABLE_TELEMETRY`` is set.
+    in ``output_dir`` names. That file is the run's record, too, from which ``python -m common reproduce`` repeats it:
+    command, seed, versions, commit, config, digests of the data and of the weights. It names files of the data, so it
+    stays there: neither MLflow nor a packed bundle gets it. Parameters are all values of the config,
+    ``train#trainer#max_epochs`` as ``train/trainer/max_epochs``. MLflow's own usage reports are off, unless
+    ``MLFLOW_DISABLE_TELEMETRY`` is set.
 
     Args:
         stage: name of the bundle; the experiment's name.
@@ -173,6 +181,8 @@ class Tracking(_Run):
         tracking_uri: an MLflow server; None for the SQLite file.
         evaluator: its metrics are logged in the same run.
         run_name: name of the run.
+        datalist: of the data, whose digests go to the record.
+        cases: the entries that are used, see :func:`~common.provenance.data_digests`.
     """
 
     def __init__(
@@ -184,10 +194,17 @@ class Tracking(_Run):
         tracking_uri: str | None = None,
         evaluator: Engine | None = None,
         run_name: str | None = None,
+        datalist: str | None = None,
+        cases: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.model_path = Path(model_path)
         self.evaluator = evaluator
-        self.parents = {role: read_lineage(path) for role, path in (parents or {}).items() if path}
+        self.datalist = datalist
+        self.cases = cases
+        self.parent_paths = {role: Path(path).resolve() for role, path in (parents or {}).items() if path}
+        self.parents = {role: read_lineage(path) for role, path in self.parent_paths.items()}
+        self.record: dict[str, Any] = {}
+        self.digests: DataDigests | None = None
         super().__init__(stage, output_dir, tracking_uri, run_name)
 
     def attach(self, engine: Engine) -> None:
@@ -203,7 +220,7 @@ class Tracking(_Run):
         if engine.state.epoch == 0:
             return None
         try:
-            run_id = json.loads((self.output_dir / _RUN_FILE).read_text())["run_id"]
+            run_id = json.loads((self.output_dir / RUN_FILE).read_text())["run_id"]
             self.client.update_run(run_id, status="RUNNING")
             return self.client.get_run(run_id)
         except (OSError, ValueError, KeyError, MlflowException) as error:
@@ -215,7 +232,9 @@ class Tracking(_Run):
         """Open a run, or that which is resumed, and log what is known before training."""
         super().start(engine)
         run_id = self.cur_run.info.run_id
-        write_atomically(self.output_dir / _RUN_FILE, json.dumps({"run_id": run_id, "tracking_uri": self.uri}))
+        self._begin_record(engine)
+        if engine.state.epoch > 0:
+            self._log_lost(engine)
         for role, lineage in self.parents.items():
             self._tag_origin(f"parent.{role}", lineage)
         if self.config:
@@ -223,12 +242,102 @@ class Tracking(_Run):
             write_atomically(path, json.dumps(self.config, indent=2))
             self.client.log_artifact(run_id, str(path))
 
+    def _begin_record(self, engine: Engine) -> None:
+        """Write what is known of the run before it; of one that is resumed, add what has changed since it began."""
+        made_with = environment(engine.state.device, idist.get_world_size())
+        precision = getattr(engine, "precision", None)
+        earlier = self._earlier_record() if engine.state.epoch > 0 else {}
+        self.record = {
+            "stage": self.stage,
+            "command": sys.orig_argv,
+            "folder": os.getcwd(),
+            # A packed bundle's code lies in the bundle, not where the project is installed.
+            "bundle_folder": str(ROOT.parent) if __package__.startswith("scripts.") else None,
+            "seed": getattr(engine, "seed", None),
+            "device": str(engine.state.device),
+            "amp": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "false"),
+            "made_with": made_with,
+            "config": self.config,
+            "parents": {
+                role: {"path": str(path), "weights": self.parents[role]["weights"]}
+                for role, path in self.parent_paths.items()
+            },
+            "data": None,
+            "resumed": [],
+            "weights": None,
+            **earlier,
+            "run_id": self.cur_run.info.run_id,
+            "tracking_uri": self.uri,
+        }
+        if earlier:
+            configs = {**earlier["config"], "resume": self.config.get("resume")}, self.config
+            before, now = (dict(_leaves(config, config)) for config in configs)
+            changed = [*different(before, now), *different(earlier["made_with"], made_with)]
+            self.record["resumed"].append({"after_epoch": engine.state.epoch, "changed": changed})
+            if changed:
+                logger.warning(
+                    "The run is resumed with other settings or programs than it was begun with, so its weights may "
+                    "not be those of one that nothing has stopped: %s",
+                    "; ".join(changed),
+                )
+        if self.datalist is not None:
+            self.digests = DataDigests(self.datalist, self.cases)
+        self._write_record()
+        self.client.set_tag(self.cur_run.info.run_id, "commit", str(made_with["commit"]))
+
+    def _earlier_record(self) -> dict[str, Any]:
+        try:
+            record = json.loads((self.output_dir / RUN_FILE).read_text())
+            return record if {"config", "made_with", "resumed"} <= record.keys() else {}
+        except (OSError, ValueError):
+            return {}
+
+    def _write_record(self) -> None:
+        write_atomically(self.output_dir / RUN_FILE, json.dumps(self.record, indent=2))
+
+    def _add_digests(self, wait: bool) -> None:
+        """Put the digests of the data into the record, once they are known."""
+        data = self.digests and self.digests.result(wait)
+        if data is None:
+            return
+        self.digests = None
+        if self.record["data"] not in (None, data):
+            logger.warning("The data have changed since the run that is resumed was begun")
+            self.record["resumed"][-1]["changed"].append("the data")
+        else:
+            self.record["data"] = data
+        self._write_record()
+        # One digest of all, which names no file.
+        digest = hashlib.sha256(json.dumps([data["sha256"], *sorted(map(str, data["files"].values()))]).encode())
+        self.client.set_tag(self.cur_run.info.run_id, "data", digest.hexdigest())
+
+    def _log_lost(self, engine: Engine) -> None:
+        """Log the last epoch's figures, when the run was killed between its checkpoint and their way to MLflow."""
+        run_id, epoch = self.cur_run.info.run_id, engine.state.epoch
+        if any(metric.step == epoch for metric in self.client.get_metric_history(run_id, "train/loss")):
+            return
+        try:
+            history = json.loads((self.output_dir / "history.json").read_text())
+        except (OSError, ValueError):
+            return
+        figures = {name: dict(points).get(epoch) for name, points in history.items()}
+        self._log_metrics({name: value for name, value in figures.items() if value is not None}, epoch)
+
+    @_plainly
+    def epoch_completed(self, engine: Engine) -> None:
+        """Log the epoch's metrics, and the digests of the data when they are known."""
+        super().epoch_completed(engine)
+        self._add_digests(wait=False)
+
     @_plainly
     def complete(self, engine: Engine) -> None:
         """Log the weights' digest and the pictures, and write the record beside the weights."""
         run_id = self.cur_run.info.run_id
+        self._add_digests(wait=True)
         digest = weights_digest(self.model_path)
         self.client.set_tag(run_id, "weights", digest)
+        self.record["weights"] = digest
+        self._write_record()
         record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.uri, "weights": digest}
         text = json.dumps({**record, "config": trained_settings(self.config), "parents": self.parents}, indent=2)
         write_atomically(self.model_path.with_suffix(".json"), text)
@@ -330,6 +439,29 @@ def _quiet_migrations(uri: str) -> None:
     if uri.startswith("sqlite:"):
         for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _make_database(uri: str) -> None:
+    """Make the SQLite file of a new store, whole or not at all: one that a killed process has half made can't be used.
+
+    MLflow makes it in hundreds of steps that take seconds.
+    """
+    path = Path(uri.removeprefix(_SQLITE))
+    if not uri.startswith(_SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")._tracking_client.store.engine.dispose()
+        try:
+            os.link(temporary, path)  # which, unlike a new name, leaves alone what another process has made meanwhile
+        except FileExistsError:
+            return
+        except OSError:  # a file system without links
+            os.replace(temporary, path)
+    finally:
+        for made in path.parent.glob(f"{temporary.name}*"):  # with SQLite's journal
+            made.unlink(missing_ok=True)
 
 
 def _report_nothing() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 from ignite.engine import Engine, Events
 
 from common.networks import SegmentationNetwork, save_weights, state_digest
@@ -32,6 +35,12 @@ SHORT = {"train#trainer#max_epochs": 2, "iterations_per_epoch": 2, "val_interval
 
 def config(bundle: str, name: str) -> str:
     return str(ROOT / "bundles" / bundle / "configs" / name)
+
+
+def recipe_files(recipe: str) -> list[str]:
+    """A recipe's files, in their order: some go on top of another."""
+    base = recipe.split("_without_")[0].removesuffix("_dybac")
+    return [config("student", f"recipes/{name}.json") for name in dict.fromkeys([base, recipe])]
 
 
 def run(files: list[str], settings: dict[str, Any], processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -77,6 +86,22 @@ def write_organ_teachers(folder: Path, labels: dict[str, str], **settings: Any) 
         )
         paths[organ] = str(path)
     return paths
+
+
+def write_partial_labels(phantoms: Path, folder: Path) -> Path:
+    """A copy of the phantoms with the lumen labelled in the first training case, and the wall in the second."""
+    shutil.copytree(phantoms, folder)
+    path = folder / "datalist.json"
+    content = json.loads(path.read_text())
+    for entry, organ in zip(content["training"], (1, 2), strict=True):
+        volume = nibabel.load(folder / entry["label"])
+        label = np.asarray(volume.dataobj)
+        label = np.where(label == organ, label, 0).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(label, volume.affine), folder / entry["label"])
+        entry["annotated"] = [organ]
+    del content["unlabeled"]
+    path.write_text(json.dumps(content))
+    return folder
 
 
 @dataclass

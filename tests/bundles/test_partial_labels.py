@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from bundle_runs import config, write_organ_teachers
+from bundle_runs import config, write_organ_teachers, write_partial_labels
 from monai.bundle import ConfigParser
 
 from common.data import load_section
@@ -28,18 +28,7 @@ ONE_EPOCH = {"train#trainer#max_epochs": 1}
 @pytest.fixture(scope="module")
 def data(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms with the lumen labelled in the first training case, and the wall in the second."""
-    folder = Path(shutil.copytree(phantoms, tmp_path_factory.mktemp("partial") / "data"))
-    path = folder / "datalist.json"
-    content = json.loads(path.read_text())
-    for entry, organ in zip(content["training"], (1, 2), strict=True):
-        volume = nibabel.load(folder / entry["label"])
-        label = np.asarray(volume.dataobj)
-        label = np.where(label == organ, label, 0).astype(np.uint8)
-        nibabel.save(nibabel.Nifti1Image(label, volume.affine), folder / entry["label"])
-        entry["annotated"] = [organ]
-    del content["unlabeled"]
-    path.write_text(json.dumps(content))
-    return folder
+    return write_partial_labels(phantoms, tmp_path_factory.mktemp("partial") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_runs import PLAN, ROOT, SHORT, config, run, write_organ_teachers
+from bundle_runs import PLAN, ROOT, SHORT, config, recipe_files, run, write_organ_teachers
 from monai.bundle import ConfigParser
 
 from common.data import collate_plain
@@ -28,12 +28,6 @@ METHODS = {
     "ms_kd": "MultiTeacherDistillation",
     "ua_mt": "UncertaintyAwareMeanTeacher",
 }
-
-
-def overlays(recipe: str) -> list[str]:
-    """A recipe's files, in their order: some go on top of another."""
-    base = recipe.split("_without_")[0].removesuffix("_dybac")
-    return [config("student", f"recipes/{name}.json") for name in dict.fromkeys([base, recipe])]
 
 
 def parsed(*files: str, **settings: Any) -> ConfigParser:
@@ -60,7 +54,7 @@ def is_used(parser: ConfigParser, key: str) -> bool:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_key_is_one_of_the_config_or_used(recipe: str) -> None:
     """A key that nothing reads would be set without effect."""
-    *below, own = overlays(recipe)
+    *below, own = recipe_files(recipe)
     before, after = parsed(*below), parsed(*below, own)
     for key in json.loads(Path(own).read_text()):
         if key.startswith("_"):
@@ -75,7 +69,7 @@ def test_every_key_is_one_of_the_config_or_used(recipe: str) -> None:
 def test_a_step_trains_what_the_recipe_says(recipe: str, tmp_path: Path, plan: Path) -> None:
     """With the crops that the recipe's own augmentation gives, and the optimiser it names."""
     torch.manual_seed(0)
-    parser = parsed(str(plan), *overlays(recipe), device="cpu", amp=False)
+    parser = parsed(str(plan), *recipe_files(recipe), device="cpu", amp=False)
     if parser["teacher_path"] is not None:
         parser["teacher_path"] = str(tmp_path / "teacher.pt")
         save_weights(parser.get_parsed_content("teacher_def"), tmp_path / "teacher.pt")
@@ -131,7 +125,7 @@ def test_a_teacher_is_a_parent_where_something_came_from_it(
     recipe: str | None, settings: dict[str, Any], parent: str | None, tmp_path: Path, plan: Path
 ) -> None:
     path = str(tmp_path / "teacher.pt")
-    parser = parsed(str(plan), *(overlays(recipe) if recipe else []), device="cpu", teacher_path=path, **settings)
+    parser = parsed(str(plan), *(recipe_files(recipe) if recipe else []), device="cpu", teacher_path=path, **settings)
     save_weights(parser.get_parsed_content("teacher_def"), path)
     index = next(i for i, h in enumerate(parser["train#handlers"]) if h["_target_"] == "common.handlers.Tracking")
     parents = parser.get_parsed_content(f"train#handlers#{index}#parents")

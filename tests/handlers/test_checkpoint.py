@@ -12,6 +12,7 @@ from torch import nn
 from common import files
 from common.engines import SemiSupervisedTrainer
 from common.errors import BadInput
+from common.files import temporary_name
 from common.handlers import Checkpoint
 from common.methods import Method
 from common.networks import read_weights, save_weights
@@ -142,6 +143,18 @@ def test_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, full_disk):
     assert (train_folder / "checkpoint.pt").read_bytes() == b"of an earlier run"
     assert (tmp_path / "models" / "model.pt").read_bytes() == old
     assert names(tmp_path) == ["models/model.pt", "output/checkpoint.pt"]
+
+
+def test_what_killed_runs_were_writing_takes_no_room_for_good(tmp_path):
+    train(tmp_path)
+    for name in ("output/checkpoint.pt", "output/best.pt", "models/model.pt"):
+        temporary_name(tmp_path / name).write_bytes(b"half")
+    others = [temporary_name(tmp_path / "output" / "summary.json"), tmp_path / "output" / ".checkpoint.pt.my.tmp"]
+    for path in others:  # somebody may be writing these
+        path.write_bytes(b"half")
+    train(tmp_path, resume=True)
+    expected = ["models/model.pt", "output/checkpoint.pt", *(str(path.relative_to(tmp_path)) for path in others)]
+    assert names(tmp_path) == sorted(expected)
 
 
 def test_disk_that_is_full_while_the_weights_are_written(tmp_path, monkeypatch):

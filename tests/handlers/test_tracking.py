@@ -26,6 +26,7 @@ from common.handlers import Checkpoint, Tracking, read_lineage, weights_digest
 from common.handlers.tracking import EvaluationTracking
 from common.methods import Method
 from common.networks import save_weights, state_digest
+from common.provenance import DataDigests
 
 
 class Line(Method):
@@ -308,6 +309,55 @@ def test_a_resumed_training_whose_run_is_lost_has_a_new_one(folder, caplog, cont
     train(folder, "teacher", resume=True)
     assert [run.info.status for run in runs(folder, "teacher")] == ["FAILED", "FINISHED"]
     assert "MLflow gets a new one" in caplog.text
+
+
+def interrupted(folder: Path, **settings: Any) -> dict[str, Any]:
+    """The record of a run that has failed in its second epoch."""
+    with pytest.raises(BadInput, match="case_3"):
+        train(folder, "teacher", fail_at=1, **settings)
+    return json.loads((folder / "output" / "run.json").read_text())
+
+
+def test_what_mlflow_has_missed_is_logged_when_the_run_is_resumed(folder, monkeypatch):
+    """A run may be killed between the checkpoint of an epoch and the way of its figures to MLflow."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracking, "epoch_completed", lambda *_: None)
+        interrupted(folder)
+    (folder / "output" / "history.json").write_text(json.dumps({"train/loss": [[1, 3.0]], "val_mean_dice": []}))
+    train(folder, "teacher", resume=True)
+    (run,) = runs(folder, "teacher")
+    losses = client_of(folder).get_metric_history(run.info.run_id, "train/loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(1, 3.0), (2, 1.0)]
+
+
+def test_a_run_that_is_resumed_with_other_settings_says_so(folder, caplog):
+    before = interrupted(folder)
+    train(folder, "teacher", learning_rate=0.2, resume=True)
+    record = json.loads((folder / "output" / "run.json").read_text())
+    assert (record["config"], record["made_with"]) == (before["config"], before["made_with"])
+    (resumed,) = record["resumed"]
+    assert resumed["after_epoch"] == 1
+    assert "learning_rate: 0.1 in the record, 0.2 here" in resumed["changed"]
+    assert "learning_rate: 0.1 in the record, 0.2 here" in caplog.text
+    assert record["weights"] == weights_digest(folder / "models" / "model.pt")
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_run_that_is_resumed_on_other_data_says_so(folder, caplog, monkeypatch, changed):
+    result = DataDigests.result
+    monkeypatch.setattr(DataDigests, "result", lambda self, wait: result(self))
+    datalist = folder / "datalist.json"
+    datalist.write_text(json.dumps({"training": [{"image": "image.nii.gz"}]}))
+    (folder / "image.nii.gz").write_text("voxels")
+    data = interrupted(folder, datalist=str(datalist))["data"]
+    assert list(data["files"]) == ["image.nii.gz"]
+    (folder / "image.nii.gz").write_text("other voxels" if changed else "voxels")
+    train(folder, "teacher", resume=True, datalist=str(datalist))
+    record = json.loads((folder / "output" / "run.json").read_text())
+    assert record["data"] == data
+    (resumed,) = record["resumed"]
+    assert ("the data" in resumed["changed"]) == changed
+    assert ("The data have changed" in caplog.text) == changed
 
 
 def evaluate(model: Path, output: Path, **settings) -> EvaluationTracking:

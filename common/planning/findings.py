@@ -8,12 +8,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from scipy import ndimage
 from tqdm import tqdm
 
 from ..data.datalist import SECTIONS, VOLUME_SUFFIXES, case_name, load_section, read_grid
 from ..errors import BadInput
 from ..targets import check_targets, dense_names, is_dense
+from ..transforms.familiarity import measure_image
 from ..transforms.loading import LoadCased
 
 __all__ = ["NOT_TARGETS", "Case", "Findings", "find", "modalities"]
@@ -35,6 +37,7 @@ class Case:
         nonzero: voxels of the box around everything that isn't 0 in every channel.
         lowest: of each channel's values.
         highest: of each channel's values.
+        measured: what :func:`.familiarity.measure_image` says of the image.
         label_voxels: of each label id; None without a label.
         annotated: the ids that the label speaks of; None for all.
         maps: of a dense target, sum and number of valid values by label id, and the lowest and highest of all.
@@ -49,6 +52,7 @@ class Case:
     nonzero: np.ndarray | None = None
     lowest: np.ndarray | None = None
     highest: np.ndarray | None = None
+    measured: dict[str, torch.Tensor] = field(default_factory=dict)
     label_voxels: np.ndarray | None = None
     annotated: Sequence[int] | None = None
     maps: dict[str, tuple[np.ndarray, np.ndarray, float, float]] = field(default_factory=dict)
@@ -252,6 +256,7 @@ def _read_voxels(
     bar = tqdm(entries, desc="reading", unit="case", disable=None if progress else True)
     for entry, case in zip(bar, findings.cases, strict=True):
         loaded = load(entry)
+        case.measured = measure_image(loaded["image"])
         image = loaded["image"].numpy()
         channels = image.reshape(len(image), -1)
         case.lowest, case.highest = channels.min(axis=1), channels.max(axis=1)

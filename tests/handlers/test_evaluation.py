@@ -162,6 +162,14 @@ def test_a_target_is_a_map_unless_it_says_otherwise(tmp_path: Path) -> None:
     assert float(read_csv(tmp_path / "metrics.csv")[0]["thickness/voxels"]) == 32
 
 
+def test_entropies_are_summarized(tmp_path: Path) -> None:
+    cases = [{**make_case(name), "entropy": value} for name, value in (("a", 0.1), ("b", 0.3), ("c", math.nan))]
+    run(EvaluationWriter(tmp_path, LABELS), cases)
+    assert [row["entropy"] for row in read_csv(tmp_path / "metrics.csv")] == ["0.1", "0.3", ""]
+    entropy = json.loads((tmp_path / "summary.json").read_text())["entropy"]
+    assert entropy == {"mean": pytest.approx(0.2), "sd": pytest.approx(0.2 / math.sqrt(2)), "n": 2}
+
+
 def test_metrics_are_there_for_handlers_attached_later(tmp_path: Path) -> None:
     engine = Engine(lambda _, batch: [batch])
     EvaluationWriter(tmp_path, LABELS).attach(engine)

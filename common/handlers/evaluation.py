@@ -29,8 +29,10 @@ from ..metrics import (
     DISTANCE_METRICS,
     OVERLAP_METRICS,
     REGRESSION_METRICS,
+    interval_scores,
     regression_metrics,
     segmentation_metrics,
+    summarize_intervals,
     summarize_regression,
 )
 from ..targets import is_dense, structure_ids
@@ -50,7 +52,7 @@ CONVENTIONS = {
     "failed": "only one of prediction and reference holds the label: Dice and Jaccard 0, no distances",
     "absent": "neither holds the label: no figures",
 }
-_HIDDEN = ("failed", "covered", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
+_HIDDEN = ("failed", "covered", "interval_scores", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
 
 
 def _json_ready(value: Any) -> Any:
@@ -116,7 +118,8 @@ class EvaluationWriter:
       ``coverage`` is the fraction of those voxels that the predicted segmentation gives to the structure, and the
       summary's ``covered`` has the figures of these alone. A measurement in the predicted mask has no value elsewhere,
       and not always there: ``<target>_measured`` (1, *spatial) says where it has. Its other voxels get the mean of the
-      case's measured ones, so that all figures are of the same voxels whatever the method; 0 if there is none;
+      case's measured ones, so that all figures are of the same voxels whatever the method; 0 if there is none.
+      With ``<target>_std``, how often its intervals hold the reference, see :mod:`common.metrics.intervals`;
     - ``<target>_case`` and ``reference_<target>`` (or ``<target>``): the two numbers of a case-level target;
     - ``annotated``, optional: the label ids that the reference knows; others get no figures;
     - ``entropy``, optional: how uncertain the segmentation is.
@@ -237,6 +240,8 @@ class EvaluationWriter:
             if covered.any():
                 prediction = np.where(covered, prediction, prediction[covered].mean())
         result: dict[str, Any] = regression_metrics(prediction, values, mask)
+        if f"{key}_std" in case:
+            result.update(interval_scores(prediction, array(case[f"{key}_std"]), values, mask))
         if covered is not mask and result["voxels"]:
             result["coverage"] = float(covered.sum() / mask.sum())
             result["covered"] = regression_metrics(prediction, values, covered)
@@ -272,6 +277,9 @@ class EvaluationWriter:
             results = [row["targets"][target["name"]] for row in rows if target["name"] in row["targets"]]
             if is_dense(target):
                 summary: dict[str, Any] = summarize_regression(results)
+                with_interval = [result for result in results if "interval_scores" in result]
+                if with_interval:
+                    summary["interval"] = summarize_intervals(with_interval)
                 coverage = [result["coverage"] for result in results if "coverage" in result]
                 if coverage:
                     summary["coverage"] = mean_and_spread(coverage)
@@ -339,6 +347,13 @@ class EvaluationWriter:
                     values = ", ".join(f"{key.upper()} {figures[group][key]:.3f}" for key in REGRESSION_METRICS)
                     unit = f" [{figures['unit']}]" if figures["unit"] else ""
                     lines.append(f"  {name}{unit}, {group.replace('_', ' ')} (n {figures[group]['n']}): {values}")
+            if "interval" in figures:
+                interval = figures["interval"]
+                lines.append(
+                    f"  {name}, intervals of {interval['level']:.0%} hold {interval['raw']:.1%} of the voxels as "
+                    f"predicted, {interval['calibrated']:.1%} calibrated by the other cases; factor of the standard "
+                    f"deviation {interval['factor']:.3f} (n {interval['n']})"
+                )
         lines.extend(f"  failed: {item['case']}, {item['label']}: {item['reason']}" for item in summary["failures"])
         if "note" in summary:
             lines.append(f"  note: {summary['note']}")

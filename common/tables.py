@@ -64,7 +64,8 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
     """MAE, RMSE and R2 of a target: of a number a case, or inside the reference, of all voxels and of the case means.
 
     The last columns of a dense target tell how much of the reference the predicted segmentation covers (or, for a
-    measurement in it, how much of it has one), and the MAE there.
+    measurement in it, how much of it has one), and the MAE there; and of intervals of 90 % how much they hold, as
+    predicted and calibrated.
     """
     rows, unit, groups = [], "", {}
     for run in study.runs.values():
@@ -80,6 +81,9 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
         if all("covered" in s for s in summaries):
             row["coverage"] = [_figure(s["coverage"]["mean"]) for s in summaries]
             row["covered/mae"] = [_figure(s["covered"]["voxels"]["mae"]) for s in summaries]
+        if all("interval" in s for s in summaries):
+            for kind in ("raw", "calibrated"):
+                row[f"interval/{kind}"] = [_figure(s["interval"][kind]) for s in summaries]
         rows.append(row)
     columns: list[dict[str, Any]] = [
         {
@@ -96,6 +100,9 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
         columns.append(
             {"key": "covered/mae", "title": "MAE there" + f" [{unit}]" * bool(unit), "better": None, "digits": 3}
         )
+    if any("interval/raw" in row for row in rows):
+        for kind in ("raw", "calibrated"):
+            columns.append({"key": f"interval/{kind}", "title": f"in 90 %, {kind}", "better": None, "digits": 3})
     return columns, rows
 
 

@@ -12,10 +12,11 @@ from .errors import BadInput
 __all__ = ["check_targets", "dense_names", "is_dense", "structure_ids"]
 
 KINDS = ("dense", "sum", "mean")
-# Keys of an entry, and what else is written for a case: <case>_seg.nii.gz, <case>_overview.png, volumes in <case>.json.
+# Keys of an entry, and what else is written for a case: <case>_seg.nii.gz, <case>_overview.png, volumes and warnings
+# in <case>.json.
 TAKEN: tuple[str, ...]
 TAKEN = ("image", "label", "annotated", "patient", "completed", "seg", "segmentation", "overview", "volumes", "areas")
-TAKEN += ("pred", "reference", "result")
+TAKEN += ("pred", "reference", "result", "warnings", "entropy")
 
 
 def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source: str = "targets") -> None:

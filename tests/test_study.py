@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -334,3 +335,12 @@ def test_a_run_keeps_to_its_cores(tmp_path: Path) -> None:
     with open(tmp_path / "log.txt", "w") as log:
         assert module._call([sys.executable, "-c", code], log, [core]) == 0
     assert (tmp_path / "log.txt").read_text().strip() == f"{{{core}}} 1"
+
+
+def test_a_regression_table_says_what_intervals_hold(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = {**SUMMARY["targets"]["thickness"], "interval": {"raw": 0.7, "calibrated": None, "factor": 2.0, "n": 9}}
+    monkeypatch.setattr(study, "records", lambda run: [{"summary": {"targets": {"thickness": target}}}])
+    columns, rows = regression_table(study, "thickness")
+    assert [column["title"] for column in columns[-2:]] == ["in 90 %, raw", "in 90 %, calibrated"]
+    assert rows[0]["interval/raw"] == [0.7]
+    assert math.isnan(rows[0]["interval/calibrated"][0])

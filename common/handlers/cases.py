@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ignite.distributed as idist
@@ -13,7 +15,7 @@ from monai.data import MetaTensor
 
 from ..errors import BadInput
 
-__all__ = ["array", "case_file", "case_meta", "cases_of", "is_main", "number"]
+__all__ = ["array", "case_file", "case_meta", "cases_of", "is_main", "mean_and_spread", "number"]
 
 
 def cases_of(engine: Engine) -> list[dict[str, Any]]:
@@ -43,6 +45,16 @@ def case_meta(case: Mapping[str, Any]) -> dict[str, Any]:
         "a case does not know its file: none of `image`, `segmentation` and `reference` carries `filename_or_obj`. "
         "Load the images with meta data (LoadImaged, image_only=True)."
     )
+
+
+def mean_and_spread(values: Iterable[float]) -> dict[str, float | int]:
+    """Mean, standard deviation and number of those values that exist; NaN where these are too few."""
+    known = [value for value in values if math.isfinite(value)]
+    return {
+        "mean": statistics.fmean(known) if known else float("nan"),
+        "sd": statistics.stdev(known) if len(known) > 1 else float("nan"),
+        "n": len(known),
+    }
 
 
 def number(value: Any) -> float:

@@ -13,8 +13,7 @@ import json
 import logging
 import math
 import os
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,15 @@ from ..metrics import (
     DISTANCE_METRICS,
     OVERLAP_METRICS,
     REGRESSION_METRICS,
+    interval_scores,
     regression_metrics,
     segmentation_metrics,
+    summarize_intervals,
     summarize_regression,
 )
 from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
-from .cases import array, case_file, case_meta, cases_of, is_main, number
+from .cases import array, case_file, case_meta, cases_of, is_main, mean_and_spread, number
 
 __all__ = ["CaseJsonWriter", "EvaluationWriter"]
 
@@ -51,7 +52,7 @@ CONVENTIONS = {
     "failed": "only one of prediction and reference holds the label: Dice and Jaccard 0, no distances",
     "absent": "neither holds the label: no figures",
 }
-_HIDDEN = ("failed", "covered", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
+_HIDDEN = ("failed", "covered", "interval_scores", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
 
 
 def _json_ready(value: Any) -> Any:
@@ -95,15 +96,6 @@ def _check_grid(case: str, key: str, found: torch.Tensor, expected: torch.Tensor
         )
 
 
-def _mean_and_spread(values: Iterable[float]) -> dict[str, float | int]:
-    known = [value for value in values if math.isfinite(value)]
-    return {
-        "mean": statistics.fmean(known) if known else float("nan"),
-        "sd": statistics.stdev(known) if len(known) > 1 else float("nan"),
-        "n": len(known),
-    }
-
-
 def _gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all processes; a case that padding gave to two of them counts once."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -126,9 +118,11 @@ class EvaluationWriter:
       ``coverage`` is the fraction of those voxels that the predicted segmentation gives to the structure, and the
       summary's ``covered`` has the figures of these alone. A measurement in the predicted mask has no value elsewhere,
       and not always there: ``<target>_measured`` (1, *spatial) says where it has. Its other voxels get the mean of the
-      case's measured ones, so that all figures are of the same voxels whatever the method; 0 if there is none;
+      case's measured ones, so that all figures are of the same voxels whatever the method; 0 if there is none.
+      With ``<target>_std``, how often its intervals hold the reference, see :mod:`common.metrics.intervals`;
     - ``<target>_case`` and ``reference_<target>`` (or ``<target>``): the two numbers of a case-level target;
-    - ``annotated``, optional: the label ids that the reference knows; others get no figures.
+    - ``annotated``, optional: the label ids that the reference knows; others get no figures;
+    - ``entropy``, optional: how uncertain the segmentation is.
 
     The CSV has a row a case with columns such as ``dice/wall``, ``hd95/wall``, ``thickness/mae``; an empty field is a
     figure that does not exist. The summary has mean, standard deviation and number of cases of each column, the
@@ -199,6 +193,8 @@ class EvaluationWriter:
             result = evaluate(row["case"], target, case)
             if result is not None:
                 row["targets"][target["name"]] = result
+        if "entropy" in case:
+            row["entropy"] = number(case["entropy"])
         return row
 
     def _check_ids(self, case: str, reference: torch.Tensor) -> None:
@@ -244,6 +240,8 @@ class EvaluationWriter:
             if covered.any():
                 prediction = np.where(covered, prediction, prediction[covered].mean())
         result: dict[str, Any] = regression_metrics(prediction, values, mask)
+        if f"{key}_std" in case:
+            result.update(interval_scores(prediction, array(case[f"{key}_std"]), values, mask))
         if covered is not mask and result["voxels"]:
             result["coverage"] = float(covered.sum() / mask.sum())
             result["covered"] = regression_metrics(prediction, values, covered)
@@ -256,6 +254,8 @@ class EvaluationWriter:
             columns.update({f"{key}/{name}": value for key, value in figures.items() if key not in _HIDDEN})
         for name, figures in row["targets"].items():
             columns.update({f"{name}/{key}": value for key, value in figures.items() if key not in _HIDDEN})
+        if "entropy" in row:
+            columns["entropy"] = row["entropy"]
         return columns
 
     def _summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -264,7 +264,7 @@ class EvaluationWriter:
         label_summaries: dict[str, dict[str, Any]] = {
             name: {
                 **{
-                    measure: _mean_and_spread(table.get(f"{measure}/{name}", math.nan) for table in tables)
+                    measure: mean_and_spread(table.get(f"{measure}/{name}", math.nan) for table in tables)
                     for measure in (*OVERLAP_METRICS, *DISTANCE_METRICS)
                 },
                 "failed": sum(bool(row["labels"].get(name, {}).get("failed")) for row in rows),
@@ -277,9 +277,12 @@ class EvaluationWriter:
             results = [row["targets"][target["name"]] for row in rows if target["name"] in row["targets"]]
             if is_dense(target):
                 summary: dict[str, Any] = summarize_regression(results)
+                with_interval = [result for result in results if "interval_scores" in result]
+                if with_interval:
+                    summary["interval"] = summarize_intervals(with_interval)
                 coverage = [result["coverage"] for result in results if "coverage" in result]
                 if coverage:
-                    summary["coverage"] = _mean_and_spread(coverage)
+                    summary["coverage"] = mean_and_spread(coverage)
                     summary["covered"] = summarize_regression([r["covered"] for r in results if "covered" in r])
             else:
                 predicted = np.array([result["prediction"] for result in results])
@@ -300,8 +303,10 @@ class EvaluationWriter:
         summary = {"cases": len(rows), "labels": label_summaries, "targets": targets, "failures": failures}
         if label_summaries:
             dice = [values["dice"]["mean"] for values in label_summaries.values()]
-            summary["mean_dice"] = _mean_and_spread(dice)["mean"]
+            summary["mean_dice"] = mean_and_spread(dice)["mean"]
             summary["conventions"] = CONVENTIONS
+        if any("entropy" in row for row in rows):
+            summary["entropy"] = mean_and_spread(row.get("entropy", math.nan) for row in rows)
         if self.selected_on:
             summary["note"] = (
                 f"The weights were chosen by their result on {self.selected_on}, the cases of this evaluation: the "
@@ -342,6 +347,13 @@ class EvaluationWriter:
                     values = ", ".join(f"{key.upper()} {figures[group][key]:.3f}" for key in REGRESSION_METRICS)
                     unit = f" [{figures['unit']}]" if figures["unit"] else ""
                     lines.append(f"  {name}{unit}, {group.replace('_', ' ')} (n {figures[group]['n']}): {values}")
+            if "interval" in figures:
+                interval = figures["interval"]
+                lines.append(
+                    f"  {name}, intervals of {interval['level']:.0%} hold {interval['raw']:.1%} of the voxels as "
+                    f"predicted, {interval['calibrated']:.1%} calibrated by the other cases; factor of the standard "
+                    f"deviation {interval['factor']:.3f} (n {interval['n']})"
+                )
         lines.extend(f"  failed: {item['case']}, {item['label']}: {item['reason']}" for item in summary["failures"])
         if "note" in summary:
             lines.append(f"  note: {summary['note']}")

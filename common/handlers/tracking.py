@@ -32,6 +32,7 @@ from ..errors import BadInput
 from ..files import temporary_name, write_atomically
 from ..networks import read_weights, state_digest
 from ..provenance import ROOT, DataDigests, different, environment
+from .cases import cases_of, mean_and_spread, number
 
 __all__ = ["EvaluationTracking", "Tracking", "read_lineage", "weights_digest"]
 
@@ -54,7 +55,8 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     The record ``model.json`` beside the weights is believed only while its digest is that of the weights.
     """
     record = read_record(model_path)
-    record.pop("config", None)
+    for key in ("config", "entropy"):
+        record.pop(key, None)
     return record or {"weights": weights_digest(model_path)}
 
 
@@ -173,6 +175,10 @@ class Tracking(_Run):
     ``train#trainer#max_epochs`` as ``train/trainer/max_epochs``. MLflow's own usage reports are off, unless
     ``MLFLOW_DISABLE_TELEMETRY`` is set.
 
+    The record also has mean, standard deviation and number of the validation cases' ``entropy``, of these very weights,
+    by which inference knows a case that is unusually uncertain. They are missing without a validation of them, as when
+    the best ones are from before a training was interrupted.
+
     Args:
         stage: name of the bundle; the experiment's name.
         output_dir: folder of the run; its ``config.json`` holds the merged config, its pictures are logged.
@@ -205,6 +211,9 @@ class Tracking(_Run):
         self.parents = {role: read_lineage(path) for role, path in self.parent_paths.items()}
         self.record: dict[str, Any] = {}
         self.digests: DataDigests | None = None
+        self.entropies: list[float] = []
+        # Of the weights that were validated, by digest: which of them are used, the last or the best, others decide.
+        self.validated: dict[str, dict[str, float | int]] = {}
         super().__init__(stage, output_dir, tracking_uri, run_name)
 
     def attach(self, engine: Engine) -> None:
@@ -215,6 +224,18 @@ class Tracking(_Run):
                 Events.COMPLETED,
                 lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch),
             )
+            self.evaluator.add_event_handler(Events.EPOCH_STARTED, lambda: self.entropies.clear())
+            self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._collect_entropies)
+            self.evaluator.add_event_handler(Events.COMPLETED, self._note_entropies)
+
+    def _collect_entropies(self, evaluator: Engine) -> None:
+        cases = cases_of(evaluator) if isinstance(evaluator.state.output, (dict, list)) else []
+        self.entropies += [number(case["entropy"]) for case in cases if "entropy" in case]
+
+    def _note_entropies(self, evaluator: Engine) -> None:
+        if self.entropies:
+            network = getattr(evaluator.network, "module", evaluator.network)  # without what distributes it
+            self.validated[state_digest(network.state_dict())] = mean_and_spread(self.entropies)
 
     def _interrupted(self, engine: Engine) -> Run | None:
         if engine.state.epoch == 0:
@@ -339,6 +360,8 @@ class Tracking(_Run):
         self.record["weights"] = digest
         self._write_record()
         record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.uri, "weights": digest}
+        entropy = self.validated.get(digest)
+        record.update({"entropy": entropy} if entropy and entropy["n"] > 1 else {})
         text = json.dumps({**record, "config": trained_settings(self.config), "parents": self.parents}, indent=2)
         write_atomically(self.model_path.with_suffix(".json"), text)
         for path in sorted(self.output_dir.glob("*.png")):

@@ -1,11 +1,11 @@
-"""How uncertain a segmentation is, as one number an image: which one to label next."""
+"""How uncertain a segmentation is, as one number an image: which one to label next, and which result to doubt."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["disagreement", "entropy"]
+__all__ = ["disagreement", "entropy", "foreground_entropy"]
 
 SMALLEST = 1e-12
 
@@ -30,6 +30,23 @@ def entropy(logits: Tensor) -> float:
     """
     probabilities = _probabilities(logits)
     return _a_voxel_of_structure(torch.special.entr(probabilities).sum(), probabilities)
+
+
+def foreground_entropy(logits: Tensor) -> float:
+    """Mean predictive entropy (nats) of the voxels that aren't predicted background; NaN where there are none.
+
+    The field of view has no part in it, as it would if background counted. A layer of voxels at a time, so that no
+    second copy of all classes is made.
+
+    Args:
+        logits: (K, *spatial), background first.
+    """
+    total, count = 0.0, 0
+    for layer in logits.split(1, dim=1):
+        found = layer[:, layer.argmax(0) > 0]
+        total += float(torch.special.entr(_probabilities(found)).sum())
+        count += found.shape[1]
+    return total / count if count else float("nan")
 
 
 def disagreement(one: Tensor, other: Tensor) -> float:

@@ -29,7 +29,7 @@ STATED = (
     "changelog",
 )
 # What a record of weights may say outside; the rest is about the machine that trained.
-_RECORD = ("stage", "run_id", "nnunet", "weights", "config")
+_RECORD = ("stage", "run_id", "nnunet", "weights", "config", "entropy")
 _SEGMENTATION = ("dice", "jaccard", "hd95", "asd")
 _REGRESSION = ("mae", "rmse", "r2")
 _UNITS = {"dice": "", "jaccard": "", "hd95": " [mm]", "asd": " [mm]"}

@@ -69,7 +69,8 @@ def pack_bundle(
         weights: None for the bundle's ``models/model.pt``.
         overlays: what else was laid over the training's config, after the plan.
         version: None for that of the bundle's metadata.
-        evaluation: a ``summary.json``, whose means become the metadata's ``eval_metrics``.
+        evaluation: a ``summary.json``, whose means become the metadata's ``eval_metrics``, and its entropies what
+            inference compares with, where the weights' record has none.
         metadata: JSON file with what can be said of data and authors, see :data:`.metadata.STATED`.
         datalist: names of its cases and patients are looked for in everything that goes in.
 
@@ -106,9 +107,10 @@ def pack_bundle(
 
     metrics = {}
     if evaluation is not None:
-        metrics = reached_metrics(
-            read_json(Path(evaluation)), classes_of(inference), inference.get("targets", ()), evaluation
-        )
+        summary = read_json(Path(evaluation))
+        metrics = reached_metrics(summary, classes_of(inference), inference.get("targets", ()), evaluation)
+        if "entropy" in summary and "entropy" not in record:
+            record = {"weights": state_digest(state), **record, "entropy": summary["entropy"]}
     facts: dict[str, Any] = {"number": number, "metrics": metrics, "origin": lineage(state_digest(state), record)}
     # By which the code tells that a config is its own: Python loads one `scripts` a process.
     for config in configs.values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from scipy import ndimage
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from ..data.descriptions import described_targets, is_ct, label_names, modalitie
 from ..data.units import map_doubts, number_doubt
 from ..errors import BadInput
 from ..targets import dense_names, is_dense, structure_ids
+from ..transforms.familiarity import measure_image
 from ..transforms.loading import LoadCased
 
 __all__ = ["Case", "Findings", "find"]
@@ -36,6 +38,7 @@ class Case:
         nonzero: voxels of the box around everything that isn't 0 in every channel.
         lowest: of each channel's values; none before they are read.
         highest: of each channel's values.
+        measured: what :func:`.familiarity.measure_image` says of the image.
         label_voxels: of each label id; None without a label.
         annotated: the ids that the label speaks of; None for all.
         maps: of a dense target, by label id sum and number of its valid values, the lowest and the highest of them;
@@ -52,6 +55,7 @@ class Case:
     nonzero: np.ndarray | None = None
     lowest: np.ndarray = field(default_factory=lambda: np.empty(0))
     highest: np.ndarray = field(default_factory=lambda: np.empty(0))
+    measured: dict[str, torch.Tensor] = field(default_factory=dict)
     label_voxels: np.ndarray | None = None
     annotated: Sequence[int] | None = None
     maps: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
@@ -211,6 +215,7 @@ def _read_voxels(
     bar = tqdm(entries, desc="reading", unit="case", disable=None if progress else True)
     for entry, case in zip(bar, findings.cases, strict=True):
         loaded = load(entry)
+        case.measured = measure_image(loaded["image"])
         image = loaded["image"].numpy()
         channels = image.reshape(len(image), -1)
         case.lowest, case.highest = channels.min(axis=1), channels.max(axis=1)

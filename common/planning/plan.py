@@ -22,6 +22,7 @@ from ..data.datalist import read_datalist
 from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import is_dense
+from ..transforms.familiarity import familiar_ranges
 from .doubts import doubts
 from .findings import Findings, find
 from .topology import (
@@ -79,9 +80,10 @@ def make_plan(
     Returns:
         A config overlay: spatial_dims, channels, labels, targets, spacing, patch_size, batch_size, intensity, features,
         kernel_sizes, strides, and thick_axis: the axis of a patch that is more than three times flatter than it is
-        wide (augment in the plane across it), or None. Where the first stage's kernel is 1 along an axis, edge_kernel
-        is that kernel, so that attention looks for no edge from one thick slice to the next. A network too shallow for
-        the stages that the configs align and attend at (fewer than four stages) gets alignment_stages and
+        wide (augment in the plane across it), or None; familiar: what the images are like, by which inference knows one
+        that is not, see :func:`.familiarity.familiar_ranges`. Where the first stage's kernel is 1 along an axis,
+        edge_kernel is that kernel, so that attention looks for no edge from one thick slice to the next. A network too
+        shallow for the stages that the configs align and attend at (fewer than four stages) gets alignment_stages and
         attention_stages, too.
 
     Raises:
@@ -138,6 +140,7 @@ def _plan(
         "kernel_sizes": [list(stage) for stage in topology.kernel_sizes],
         "strides": [list(stage) for stage in topology.strides],
         "thick_axis": thick if flat else None,
+        "familiar": familiar_ranges([case.measured for case in findings.cases], findings.ct),
     }
     if 1 in topology.kernel_sizes[0]:
         plan["edge_kernel"] = list(topology.kernel_sizes[0])

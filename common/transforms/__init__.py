@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .augmentation import crop, crop_indices, supervised_augmentation, weak_and_strong
+from .familiarity import CaseWarningsd
 from .loading import LoadCased
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 from .postprocessing import load_references, monitor_postprocessing, postprocessing
@@ -10,6 +11,7 @@ from .preprocessing import Spacingd, chain, preprocessing
 
 __all__ = [
     "CaseSummaryd",
+    "CaseWarningsd",
     "GeometricThicknessd",
     "LoadCased",
     "MaskTargetd",

@@ -21,6 +21,7 @@ from monai.data.utils import affine_to_spacing
 from monai.transforms import MapTransform
 
 from ..errors import BadInput
+from ..metrics.uncertainty import foreground_entropy
 from ..networks.reductions import reduce_to_case
 from ..targets import check_targets, is_dense, structure_ids
 
@@ -52,7 +53,8 @@ class SplitOutputd(MapTransform):
     target with one number a case (kind ``sum`` or ``mean``) is reduced here, on the grid the network worked on: a sum
     over voxels would change with the number of voxels once the map is resampled.
 
-    Adds ``segmentation`` (num_classes, *spatial), ``<target>_pred`` (1, *spatial) and, where the network also predicts
+    Adds ``segmentation`` (num_classes, *spatial), ``entropy`` (a number, :func:`.uncertainty.foreground_entropy`),
+    ``<target>_pred`` (1, *spatial) and, where the network also predicts
     log variances, ``<target>_std`` (1, *spatial); for kinds ``sum`` and ``mean`` also the number ``<target>_case``.
 
     Args:
@@ -109,6 +111,7 @@ class SplitOutputd(MapTransform):
         logits = channels[: self.num_classes]
         if self.num_classes:
             d[self.segmentation_key] = self._with_meta(logits, source)
+            d["entropy"] = foreground_entropy(logits)
         for index, target in enumerate(self.targets):
             name = target["name"]
             channel = channels[self.num_classes + index][None]

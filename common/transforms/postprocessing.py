@@ -41,6 +41,7 @@ def postprocessing(
     geometric: Mapping[str, Any] | None = None,
     output_dir: str | None = None,
     largest_component: bool = False,
+    warn: Callable | None = None,
 ) -> Compose:
     """From the network's output to label map, target maps and numbers on the input's own grid.
 
@@ -56,6 +57,7 @@ def postprocessing(
         output_dir: write ``<case>_seg.nii.gz`` and ``<case>_<target>.nii.gz`` there; None writes nothing.
         largest_component: keep only the largest connected component of each structure, voxels touching at a corner
             being connected, and give the others to the background. Only where each structure is known to be one piece.
+        warn: a :class:`.familiarity.CaseWarningsd`; None for no warnings.
     """
     channels = [target for target in targets if geometric is None or target["name"] != geometric["target"]]
     steps: list[Callable] = [
@@ -66,7 +68,7 @@ def postprocessing(
         steps.append(KeepLargestConnectedComponentd("segmentation", is_onehot=False))
     if geometric is not None:
         steps.append(GeometricThicknessd(**geometric))
-    steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets)]
+    steps += [MaskTargetd(targets, mask=mask), CaseSummaryd(labels, targets), *([] if warn is None else [warn])]
     if output_dir is not None:
         if segments:
             steps.append(SaveNiftid("segmentation", output_dir, "seg", "uint8" if len(labels) <= 256 else "int16"))

@@ -20,6 +20,7 @@ from monai.transforms import Spacingd as MonaiSpacingd
 from ..errors import BadInput
 from ..switches import is_on
 from ..targets import dense_names
+from .familiarity import MeasureImaged
 from .loading import LoadCased
 
 __all__ = ["Spacingd", "chain", "preprocessing"]
@@ -86,6 +87,7 @@ def preprocessing(
     spacing: Sequence[float] | None = None,
     intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     orientation: str = "RAS",
+    measure: bool = False,
 ) -> Compose:
     """Load, bring to one orientation and spacing, normalise intensities.
 
@@ -104,6 +106,7 @@ def preprocessing(
             the file's unit. A list has one a channel.
         orientation: the patient's directions that the axes x, y, z are made to run to: R or L, then A or P, then S or
             I. In 2D the first two count.
+        measure: note what the image is like, for :class:`.familiarity.CaseWarningsd`.
 
     Returns:
         A transform of an entry to ``image`` (C, *spatial) float32, ``label`` (1, *spatial) integer, dense targets
@@ -122,6 +125,7 @@ def preprocessing(
     types = [(torch.uint8 if small else torch.int16) if key == "label" else torch.float32 for key in maps]
     steps: list[Callable] = [
         LoadCased(keys, labels, channels, targets, dimensions=len(spacing) if spacing is not None else None),
+        *([MeasureImaged()] if measure else []),
         Orientationd(maps, axcodes=orientation[: len(spacing or orientation)], labels=None, allow_missing_keys=True),
     ]
     if spacing is not None:

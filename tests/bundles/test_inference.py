@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -15,9 +16,12 @@ from bundle_runs import BUNDLES, PLAN, config, run
 from monai.bundle import ConfigParser
 
 from common.errors import find_bad_input
-from common.networks import save_weights
+from common.networks import read_weights, save_weights, state_digest
+from common.transforms import LoadCased
+from common.transforms.familiarity import familiar_ranges, measure_image
 
 SHAPE = (20, 18, 16)
+OF_LABELS = ("nothing_found", "border")  # what random weights find
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,10 @@ def write_scan(path: Path, array: np.ndarray, affine: np.ndarray | None = None) 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def result(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def label(path: Path) -> np.ndarray:
@@ -168,15 +176,49 @@ def test_a_file_a_channel(weights: Callable[..., str], workflow: Callable[..., N
     assert np.array_equal(raw, one)
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_case_unlike_the_training_says_so(
+    bundle: str, weights: Callable[..., str], workflow: Callable[..., None], tmp_path: Path, capfd: Any
+) -> None:
+    affine = np.diag([1.0, 1.5, 2.0, 1.0])
+    scan = make_scan()
+    write_scan(tmp_path / "scans" / "a.nii.gz", scan, affine)
+    write_scan(tmp_path / "scans" / "b.nii.gz", scan, np.diag([1.0, 1.5, 4.0, 1.0]))
+    write_scan(tmp_path / "scans" / "c.nii.gz", scan + 1024, affine)
+    loaded = LoadCased(["image"])({"image": str(tmp_path / "scans" / "a.nii.gz")})["image"]
+    familiar = familiar_ranges([measure_image(loaded)], [True])
+    folder = weights(bundle)
+    digest = state_digest(read_weights(f"{folder}/model.pt"))
+    record = {"weights": digest, "entropy": {"mean": 1e-6, "sd": 1e-6, "n": 5}}
+    (Path(folder) / "model.json").write_text(json.dumps(record))
+    settings = {"names": ("inference.json",), "input": str(tmp_path / "scans"), "ckpt_dir": folder}
+    found = {}
+    for name, more in (("all", {"familiar": familiar}), ("own", {"entropy_from": "null"})):
+        workflow(bundle, output_dir=str(tmp_path / name), **settings, **more)
+        printed = "".join(capfd.readouterr())
+        for case in "abc":
+            warnings = result(tmp_path / name / f"{case}.json")["warnings"]
+            found[name, case] = {warning["kind"] for warning in warnings}
+            assert all(f"{case}: {warning['text']}" in printed for warning in warnings)
+    assert found["all", "a"] - found["own", "a"] == {"entropy"}
+    assert found["all", "b"] - found["own", "b"] == {"entropy", "spacing", "field_of_view"}
+    assert found["all", "c"] - found["own", "c"] == {"entropy", "intensity"}
+
+
 def test_an_image_of_two_dimensions(weights: Callable[..., str], workflow: Callable[..., None], tmp_path: Path) -> None:
     plane = {"spatial_dims": 2, "spacing": [1.0, 1.0], "patch_size": [16, 16]}
     affine = np.diag([-0.8, 1.2, 1.0, 1.0])
     write_scan(tmp_path / "a.nii.gz", make_scan()[..., 0], affine)
     settings = {"names": ("inference.json",), "ckpt_dir": weights("teacher", **plane), "overview": True, **plane}
+    ranges = {"spacing": [[0.8, 0.8], [0.5, 0.6]], "extent": [[16.0, 16.0], [21.6, 21.6]]}
+    settings["familiar"] = {"cases": 3, **ranges, "intensity": []}
     workflow("teacher", input=str(tmp_path / "a.nii.gz"), output_dir=str(tmp_path / "out"), **settings)
     assert names(tmp_path / "out") == ["a.json", "a_overview.png", "a_seg.nii.gz"]
     found = nibabel.load(tmp_path / "out" / "a_seg.nii.gz")
     assert np.squeeze(found.dataobj).shape == SHAPE[:2]
+    (warning,) = (w for w in result(tmp_path / "out" / "a.json")["warnings"] if w["kind"] not in OF_LABELS)
+    assert warning["kind"] == "spacing"
+    assert "1.2 mm front-back (0.5 to 0.6)" in warning["text"]
     assert np.allclose(found.affine, affine)
 
 

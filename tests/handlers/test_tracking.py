@@ -229,6 +229,40 @@ def test_weights_digest_and_record(chain):
     }
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_the_record_has_the_entropies_of_the_weights_that_are_used(folder, select):
+    """The best are those of the first of two epochs, which are not those that training ends with."""
+    method, entropies = Line(), iter([(0.1, 0.3), (0.5, 0.7)])
+
+    def validate(engine, batch):
+        engine.state.metrics["val_mean_dice"] = 1 - method.network.weight.item() ** 2
+        return [{"entropy": value} for value in next(entropies)]
+
+    evaluator = Engine(validate)
+    evaluator.network, evaluator.metric_cmp_fn = method.network, lambda current, best: current > best
+    evaluator.state.key_metric_name = "val_mean_dice"
+    with torch.no_grad():
+        method.network.weight.zero_()
+
+    class Validate:
+        def attach(self, engine):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: (evaluator.run([0], 1), self.move()))
+
+        def move(self):
+            with torch.no_grad():
+                method.network.weight.add_(1 if method.network.weight.item() == 0 else 0)
+
+    output, model = str(folder / "output"), folder / "models" / "model.pt"
+    checkpoint = Checkpoint({"method": method}, method.network, output, str(model), False, select, evaluator)
+    handlers = [Validate(), checkpoint, Tracking("teacher", output, str(model), evaluator=evaluator)]
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    SemiSupervisedTrainer("cpu", 2, [{}], method, optimizer, False, train_handlers=handlers).run()
+    mean = {"last": 0.6, "best": 0.2}[select]
+    record = json.loads(model.with_suffix(".json").read_text())
+    assert record["entropy"] == {"mean": pytest.approx(mean), "sd": pytest.approx(0.2 / math.sqrt(2)), "n": 2}
+    assert "entropy" not in read_lineage(model)
+
+
 def test_a_student_names_its_teacher(chain):
     tags = chain["student_run"].data.tags
     assert tags["parent.teacher.run_id"] == chain["teacher_run"].info.run_id

@@ -47,3 +47,15 @@ def test_disagreement_a_voxel_of_structure() -> None:
 def test_certain_networks_that_contradict_each_other_differ_by_all_they_can() -> None:
     # A Jensen-Shannon divergence is log 2 at most; here of half a voxel of structure.
     assert uncertainty.disagreement(logits(1e-9), logits(1 - 1e-9)) == pytest.approx(2 * math.log(2), rel=1e-6)
+
+
+def test_entropy_of_what_is_found_has_nothing_of_the_field_of_view() -> None:
+    found = logits(0.25, 0.75, 0.9)  # the first is background, if an uncertain one
+    expected = (binary_entropy(0.75) + binary_entropy(0.9)) / 2
+    assert uncertainty.foreground_entropy(found) == pytest.approx(expected)
+    around = torch.cat([found, logits(*[0.4] * 50)], dim=1)
+    assert uncertainty.foreground_entropy(around) == pytest.approx(expected)
+    assert math.isnan(uncertainty.foreground_entropy(logits(0.1, 0.2)))
+    volume = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    inside = volume[:, volume.argmax(0) > 0].double().softmax(0)
+    assert uncertainty.foreground_entropy(volume) == pytest.approx(float(torch.special.entr(inside).sum(0).mean()))

@@ -73,6 +73,7 @@ def volumes(environment: None, tmp_path_factory: pytest.TempPathFactory) -> Volu
     source = Path(os.environ.get("BUNDLES_DATA") or "/nowhere") / "hippocampus"
     found = hippocampi(source, folder / "labels") if source.is_dir() else phantoms(folder / "data", folder / "labels")
     paths, plan = found
+    plan = {**plan, "familiar": {"cases": 3, "extent": [[1.0, 2.0]] * 3}}  # which none of the images is like
     (folder / "plan.json").write_text(json.dumps(plan))
     images = {path.name.removesuffix(".nii.gz"): path for path in paths}
     labels = {path.name.removesuffix(".nii.gz"): path for path in sorted((folder / "labels").iterdir())}

@@ -147,7 +147,9 @@ def test_predictions_fit_the_image(trained: Server, volumes: Volumes, studies: P
     for index, name in enumerate(volumes.label_names, start=1):
         voxel = abs(np.linalg.det(nib.load(answer).affine)) / 1000
         assert numbers["volumes"][name] == {"value": pytest.approx((labels == index).sum() * voxel), "unit": "mL"}
+    assert "field_of_view" in {warning["kind"] for warning in numbers["warnings"]}
     known = trained.ask("GET", "/datastore/label/info", params={"label": AWKWARD, "tag": "original"})
+    assert known["params"]["warnings"] == numbers["warnings"]
     assert (known["model"], known["params"]["volumes"]) == (stage, numbers["volumes"])
     assert digest(studies / "labels" / "original" / f"{AWKWARD}.nii.gz") == digest(answer)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_runs import BUNDLES, ROOT, config
+from bundle_runs import BUNDLES, PLAN, ROOT, config
 from monai.bundle import ConfigParser
 
 from common.__main__ import main
@@ -20,6 +20,7 @@ from common.errors import BadInput
 from common.networks import read_weights, state_digest
 from common.packing import pack_bundle
 from common.packing.metadata import classes_of, output_channels
+from common.packing.verify import verify_archive
 
 Pack = Callable[..., Path]
 SUMMARY = {
@@ -185,6 +186,23 @@ def test_metadata_card_and_record_describe_these_weights(pack: Pack, tmp_path: P
     assert "| measures thickness | dense, mm, trained on 0.5 to 4 |" in card
     assert "bundles/" not in card
     assert "checkout" not in card
+
+
+def test_what_cases_are_compared_with_goes_along(train: Callable[..., Path], tmp_path: Path) -> None:
+    """The plan's ranges, and the validation's entropies: those of the record, else those of the evaluation."""
+    familiar = {"cases": 4, "spacing": [[1.0, 1.0]] * 3, "extent": [[20.0, 30.0]] * 3, "intensity": []}
+    plan = write(tmp_path / "plan.json", {**PLAN, "familiar": familiar})
+    weights = train("student", tmp_path, plan)
+    own, other = ({"mean": mean, "sd": 0.01, "n": 9} for mean in (0.1, 0.2))
+    evaluation = write(tmp_path / "summary.json", {"cases": 9, "labels": {}, "targets": {}, "entropy": other})
+    record = json.loads(weights.with_suffix(".json").read_text())
+    for kept, expected in (({}, other), ({"entropy": own}, own)):
+        write(weights.with_suffix(".json"), {**record, **kept})
+        pack_bundle("student", tmp_path / "packed.zip", plan, weights, evaluation=evaluation)
+        files = contents(tmp_path / "packed.zip")
+        assert json.loads(files["models/model.json"])["entropy"] == expected
+        assert json.loads(files["configs/inference.json"])["familiar"] == familiar
+        assert verify_archive(tmp_path / "packed.zip").fine
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

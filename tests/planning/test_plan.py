@@ -17,7 +17,7 @@ from common.planning.plan import add_arguments, main, make_plan
 
 KEYS = [
     *("spatial_dims", "channels", "labels", "targets", "spacing", "patch_size", "batch_size", "intensity"),
-    *("features", "kernel_sizes", "strides", "thick_axis"),
+    *("features", "kernel_sizes", "strides", "thick_axis", "familiar"),
 ]
 
 
@@ -77,6 +77,12 @@ def test_plan_of_reoriented_images(tmp_path: Path) -> None:
     assert plan["kernel_sizes"][0] == plan["edge_kernel"] == [3, 3, 1]
     assert plan["strides"][:2] == [[1, 1, 1], [2, 2, 1]]
     assert plan["thick_axis"] == 2
+    assert plan["familiar"]["cases"] == 2
+    assert plan["familiar"]["spacing"] == [[1.5, 1.5], [1.0, 1.0], [6.0, 6.0]]
+    assert plan["familiar"]["extent"] == [[60.0, 60.0], [48.0, 48.0], [60.0, 60.0]]
+    assert plan["familiar"]["intensity"] == [
+        {"kind": "zscore", "low": [-1000, -1000], "high": [100, 100], "width": [1100, 1100]}
+    ]
     assert plan["intensity"] == {"kind": "zscore"}
     assert plan["batch_size"] == 2
     assert len(plan["features"]) == len(plan["strides"]) == len(plan["kernel_sizes"])

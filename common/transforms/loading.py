@@ -230,16 +230,17 @@ def _read(load: LoadImage, key: str, path: Any) -> MetaTensor:
     what = str(first) if key == "image" else f"{key} {first}"
     if not os.path.exists(first):
         raise BadInput(f"{what} does not exist")
-    grid = None if is_nifti(first) else read_grid(path)
-    reader = NibabelReader() if grid is None else ITKReader()
+    grid = read_grid(path)
+    reader = NibabelReader() if is_nifti(first) else ITKReader()
     try:
         value = _own_rank(load(path, reader=reader))
     except Exception as error:
         raise BadInput(
             f"{what} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again"
         ) from error
-    if grid is not None and value.ndim == 4:
-        # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.
+    if value.ndim == 4:
+        # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices. MONAI's takes
+        # an affine of NIfTI for another one where its sides aren't the voxel size to the last digit.
         value.affine = torch.as_tensor(grid.affine, dtype=torch.float64)
     check_right_angles(value.affine.cpu().numpy(), what)
     return value

@@ -30,6 +30,7 @@ from ..targets import dense_names, is_dense
 __all__ = ["LoadCased", "LoadReferencesd", "image_loader"]
 
 _ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
+_LARGEST = 1e14  # intensity whose squares, a billion of them, have a sum in float32
 
 
 def image_loader(**options: Any) -> LoadImage:
@@ -59,9 +60,9 @@ class LoadCased(MapTransform):
         dimensions: spatial axes that the image must have. None allows any.
 
     Raises:
-        BadInput: a file can't be read, holds NaN or infinite voxels, has another number of channels or axes, label ids
-            that are not in ``labels`` or not among those the case is ``annotated`` for, or lies on another grid than
-            the image.
+        BadInput: a file can't be read, holds NaN, infinite or absurdly large voxels, has another number of channels or
+            axes, label ids that are not in ``labels`` or not among those the case is ``annotated`` for, or lies on
+            another grid than the image.
     """
 
     def __init__(
@@ -122,6 +123,12 @@ class LoadCased(MapTransform):
         if broken:
             raise BadInput(
                 f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file"
+            )
+        largest = max(map(abs, map(float, torch.aminmax(image.as_tensor()))))
+        if largest > _LARGEST:
+            raise BadInput(
+                f"image {_path(path)} has intensities up to {largest:.3g}, which can't be normalised; correct the "
+                "file, such as the scale factor in its header"
             )
         if self.dimensions is not None and image.ndim - 1 != self.dimensions:
             raise BadInput(

@@ -213,6 +213,13 @@ def test_nan_is_refused_and_counted(load, case, arrays, tmp_path):
         load({**case, "thickness": write(tmp_path / "bad.nii.gz", arrays["thickness"])})
 
 
+def test_intensities_that_no_scanner_gives(load, arrays, tmp_path):
+    """Their squares have no sum, and all of the image would be background."""
+    image = arrays["image"] * np.float32(1e30)
+    with pytest.raises(BadInput, match=r"large\.nii has intensities up to \d\.\d+e\+30, which can't be normalised"):
+        load({"image": write(tmp_path / "large.nii", image)})
+
+
 def test_channels(load, tmp_path, arrays):
     two = write(tmp_path / "two.nii.gz", np.stack([arrays["image"], 2 * arrays["image"]], -1))
     with pytest.raises(BadInput, match=r"two\.nii\.gz has 2 channel\(s\); the network takes 1"):

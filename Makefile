@@ -12,7 +12,8 @@ DATA   ?=
 OUTPUT ?= output/demo
 LABEL  := .venv-label
 NNUNET := .venv-nnunet
-HOST   ?= 127.0.0.1
+# Not what the environment calls HOST, which shells set to the machine's name: the server asks for no password.
+HOST   := 127.0.0.1
 PORT   ?= 8000
 
 # What programs keep between runs stays in the checkout, too: of pip, PyTorch, Matplotlib and CUDA. MLflow reports nothing.
@@ -55,6 +56,7 @@ $(LABEL)/.ready: $(LABEL_FILES) pyproject.toml
 test: setup lint
 	# where MONAI Label can't be installed, the tests of it are skipped and say so
 	-$(MAKE) --no-print-directory $(LABEL)/.ready
+	$(BIN)/pip check
 	$(BIN)/python -m pytest -rs
 
 test-nnunet: $(NNUNET)/.ready

@@ -90,7 +90,6 @@ def import_nnunet(
     fold: str | int = 0,
     checkpoint: str = "checkpoint_final.pth",
     orientation: str | None = None,
-    trust: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Read a results folder of nnU-Net v2.
 
@@ -100,7 +99,6 @@ def import_nnunet(
         checkpoint: file name of the weights.
         orientation: how the training files are stored: the patient's directions in which their axes run, such as
             ``"LPS"``, or one of these files. None takes what nnU-Net's reader fixes, else ``"RAS"``.
-        trust: load a checkpoint that holds more than tensors, numbers and text. Such a file can run any program.
 
     Returns:
         A config overlay for the bundles, the state dict of a :class:`common.networks.SegmentationNetwork`, and where
@@ -113,7 +111,7 @@ def import_nnunet(
     folder = Path(folder)
     plans, dataset = _read_json(folder / "plans.json"), _read_json(folder / "dataset.json")
     path = folder / f"fold_{fold}" / checkpoint
-    content = _read_checkpoint(path, trust)
+    content = _read_checkpoint(path)
     try:
         name = content["init_args"]["configuration"]
         where = f"{folder / 'plans.json'}, {name}"
@@ -181,7 +179,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: can't be read as JSON ({error}). Copy it again.") from error
 
 
-def _read_checkpoint(path: Path, trust: bool) -> dict[str, Any]:
+def _read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         found = sorted(str(match.relative_to(path.parents[1])) for match in path.parents[1].glob("fold_*/*.pth"))
         raise BadInput(
@@ -189,13 +187,13 @@ def _read_checkpoint(path: Path, trust: bool) -> dict[str, Any]:
         )
     try:
         with torch.serialization.safe_globals(SAFE):
-            content = torch.load(path, map_location="cpu", weights_only=not trust)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch.load raises on a damaged file ranges from EOFError to UnpicklingError
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and unsafe:
             raise BadInput(
                 f"{path}: holds a {unsafe[1]}, expected tensors, numbers and text only. Loading such a file can run "
-                "any program that its maker put in; if you trust them, give --trust."
+                "any program that its maker put in, so this one is not; its maker can save it again without that."
             ) from error
         raise BadInput(f"{path}: can't be read ({type(error).__name__}); it is damaged: copy it again.") from error
     if not isinstance(content, Mapping) or not {"network_weights", "init_args"} <= set(content):
@@ -386,9 +384,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the training images are stored, which nnU-Net doesn't note: one of these images, or letters for "
         "where its axes run to in the patient, such as LPS or PIR (default RAS)",
     )
-    parser.add_argument(
-        "--trust", action="store_true", help="load a checkpoint even if it may run programs of its maker"
-    )
 
 
 def main(options: argparse.Namespace) -> int:
@@ -397,9 +392,7 @@ def main(options: argparse.Namespace) -> int:
     for path in (options.output, plan_path):
         if path.exists():
             raise BadInput(f"{path}: exists already. Remove it, or give another --output or --plan.")
-    plan, weights, origin = import_nnunet(
-        options.folder, options.fold, options.checkpoint, options.orientation, options.trust
-    )
+    plan, weights, origin = import_nnunet(options.folder, options.fold, options.checkpoint, options.orientation)
     save_weights(weights, options.output)
     write_atomically(plan_path, json.dumps(plan, indent=1) + "\n")
     # With this record the weights are refused where voxels, intensities or classes are others.

@@ -425,13 +425,11 @@ class Harmful:
         return (print, ("ran",))
 
 
-def test_a_checkpoint_runs_no_program_unless_trusted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_runs_no_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_folder(tmp_path / "results", plans(ISOTROPIC), random_weights(ISOTROPIC), logging=Harmful())
-    with pytest.raises(BadInput, match=r"holds a print.*--trust"):
+    with pytest.raises(BadInput, match=r"holds a print"):
         import_nnunet(folder)
     assert "ran" not in capsys.readouterr().out
-    import_nnunet(folder, trust=True)
-    assert "ran" in capsys.readouterr().out
 
 
 def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ _GRID_TOLERANCE = 0.1  # of a voxel: headers round, so two files of one grid sel
 _SHEAR = 0.01  # cosine of the angle between two axes: 0.6 degrees change a volume by 0.005 %
 _LEAN = 0.002  # mm a mm, or of a cosine: what rounding comes to; a gantry that is tilted by 0.5 degrees gives 0.009
 _ONE_PLACE = 0.001  # mm
+_VOXEL_SIZE_TOLERANCE = 0.01  # of a voxel's side: what headers round, or what rotating the axes costs
+_DEFLATE = 1032  # the most that gzip shrinks anything (Deutsch, RFC 1951, 1996)
 _MOST_PROBLEMS = 20
 _MOST_FILES = 5
 
@@ -124,7 +126,7 @@ def read_datalist(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         BadInput: the file is missing, is not JSON, has no section, or an entry is malformed.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise BadInput(
             f"datalist {path} not found; set `datalist` to a JSON file with the sections {', '.join(SECTIONS)}"
@@ -135,8 +137,8 @@ def read_datalist(path: str | os.PathLike) -> dict[str, Any]:
         raise BadInput(
             f"datalist {path} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"datalist {path} can't be read as text: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # no text, a number of thousands of digits, nested too deep
+        raise BadInput(f"datalist {path} can't be read: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(
             f"datalist {path} holds a {type(content).__name__}; expected an object with {', '.join(SECTIONS)}"
@@ -262,7 +264,7 @@ _ADVICE = {
 
 def _absolute(folder: Path, value: Any) -> Any:
     if isinstance(value, str):
-        return os.path.normpath(folder / Path(value).expanduser())
+        return os.path.normpath(folder / os.path.expanduser(value))
     if isinstance(value, list):
         return [_absolute(folder, item) for item in value]
     return value
@@ -311,7 +313,9 @@ def dicom_files(folder: str | os.PathLike) -> list[str]:
             f"{folder} is a folder without a DICOM series; expected an image file, or a folder with one series"
         )
     if len(series) > 1:
-        counts = ", ".join(f"{uid} ({len(names.GetFileNames(uid))} files)" for uid in series[:3])
+        # By their files: a series' own number leads to its patient.
+        files = [names.GetFileNames(uid) for uid in series[:3]]
+        counts = ", ".join(f"that of {os.path.basename(found[0])} ({len(found)} files)" for found in files)
         raise BadInput(f"{folder} holds {len(series)} DICOM series: {counts}; keep one series a folder")
     return list(names.GetFileNames(series[0]))
 
@@ -365,9 +369,13 @@ def check_right_angles(affine: np.ndarray, what: str) -> None:
     Raises:
         BadInput: two axes are further from a right angle than rounding takes them, or an axis has no length.
     """
+    if not np.isfinite(affine).all():
+        raise BadInput(
+            f"{what}: its header places it at {np.asarray(affine).tolist()}; correct its affine", kind="affine"
+        )
     axes = np.asarray(affine, dtype=float)[:-1, :-1]
     sides = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(sides).all() or (sides == 0).any():
+    if (sides == 0).any():
         raise BadInput(f"{what}: its header gives voxels of {sides.tolist()} mm; correct its affine", kind="affine")
     cosines = (axes / sides).T @ (axes / sides) - np.eye(len(sides))
     if np.abs(cosines).max() > _SHEAR:
@@ -388,15 +396,30 @@ def describe_error(error: BaseException) -> str:
 
 def _nifti_grid(path: str | os.PathLike) -> Grid:
     image: Any = nibabel.load(path)  # of whatever class; all that read NIfTI have what is asked for here
-    shape = image.shape
-    if str(path).lower().endswith(".nii"):
-        expected = int(image.dataobj.offset) + math.prod(shape) * image.header.get_data_dtype().itemsize
-        if os.path.getsize(path) < expected:
-            raise BadInput(
-                f"{path} is truncated: {os.path.getsize(path)} bytes, its header promises {expected}", kind="truncated"
-            )
-    spatial, rest = shape[:3], shape[3:]
-    return Grid(tuple(int(size) for size in spatial), math.prod(rest), np.asarray(image.affine, dtype=float))
+    shape = tuple(int(size) for size in image.shape)
+    if not 2 <= len(shape) <= 4 or min(shape) < 1:
+        raise BadInput(f"{path} has the shape {shape}; expected two or three axes in space, and channels as the fourth")
+    kind = image.header.get_data_dtype()
+    if kind.kind not in "iuf":
+        raise BadInput(f"{path} holds colours or complex numbers ({kind}); expected one number a voxel and channel")
+    size, expected = os.path.getsize(path), int(image.dataobj.offset) + math.prod(shape) * kind.itemsize
+    if size * (1 if str(path).lower().endswith(".nii") else _DEFLATE) < expected:
+        raise BadInput(f"{path} is truncated: {size} bytes, its header promises {expected}", kind="truncated")
+    affine = np.asarray(image.affine, dtype=float)
+    _check_voxel_sizes(path, affine, image.header.get_zooms()[: len(shape[:3])])
+    return Grid(shape[:3], math.prod(shape[3:]), affine)
+
+
+def _check_voxel_sizes(path: str | os.PathLike, affine: np.ndarray, zooms: Sequence[float]) -> None:
+    """Refuse a header whose affine and voxel size disagree: programs take the one or the other for volumes in mL."""
+    sides = np.linalg.norm(affine[:3, : len(zooms)], axis=0)
+    if np.isfinite(sides).all() and not np.allclose(sides, zooms, rtol=_VOXEL_SIZE_TOLERANCE, atol=0):
+        first, second = (" x ".join(f"{float(side):.4g}" for side in sizes) for sizes in (sides, zooms))
+        raise BadInput(
+            f"{path}: its header gives two voxel sizes, {first} mm (its affine) and {second} mm (pixdim); correct the "
+            "one that is wrong",
+            kind="affine",
+        )
 
 
 def _itk_grid(path: str | os.PathLike) -> Grid:
@@ -753,7 +776,7 @@ def check_output(folder: str | os.PathLike, key: str = "output_dir") -> Path:
             f"{key}: found {folder!r}, expected a path. The command line takes names such as 2024 and 1.10 for "
             "numbers; write ./ in front of the name, as in ./2024."
         )
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".probe"):

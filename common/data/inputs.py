@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def find_cases(
             f"{key}: found {source!r}, expected a path. The command line takes names such as 1.10 for numbers; write "
             "./ in front of the name, as in ./1.10."
         )
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.exists():
         raise BadInput(f"{key}: {path} does not exist.")
     if path.suffix.lower() == ".json":
@@ -97,7 +98,7 @@ def find_cases(
             raise BadInput(f"{key}: {path} is no image that can be read: {advice}.")
         cases = [{"image": str(path)}]
     else:
-        results = None if output_dir is None else Path(output_dir).expanduser().resolve()
+        results = None if output_dir is None else Path(os.path.expanduser(output_dir)).resolve()
         if results == path.resolve():
             raise BadInput(
                 f"output_dir: {path} is the input's own folder. The next run would take results for scans, and a label "

@@ -31,7 +31,7 @@ def occupy(folder: str | os.PathLike[str]) -> None:
     Raises:
         BadInput: another process is training there.
     """
-    path = Path(folder).expanduser().resolve()
+    path = Path(os.path.expanduser(folder)).resolve()
     if path in _held or idist.get_rank() != 0:
         return
     lock = FileLock(path / _NAME)

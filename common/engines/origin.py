@@ -45,9 +45,10 @@ def read_record(model_path: str | Path) -> dict[str, Any]:
     digest = state_digest(read_weights(model_path))
     try:
         record = json.loads(Path(model_path).with_suffix(".json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) and record.get("weights") == digest else {}
+    known = isinstance(record, dict) and record.get("weights") == digest
+    return record if known and isinstance(record.get("config", {}), dict) else {}
 
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,26 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f'{path}: found {found}, expected {{"model": state_dict}} or a state dict of tensors. Give the '
             "models/model.pt that a bundle's training wrote."
         )
+    for name, value in state.items():
+        fault = _fault(name, value)
+        if fault:
+            raise BadInput(
+                f"{path}: {str(name)[:200]!r} is {fault}, expected plain tensors of numbers by name. Give the "
+                "models/model.pt that a bundle's training wrote."
+            )
     return dict(state)
+
+
+def _fault(name: object, value: Tensor) -> str | None:
+    """What makes an entry none that a network could hold, although torch loads it."""
+    if not isinstance(name, str):
+        return "no name"
+    if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu":
+        return f"a tensor of another kind ({value.dtype}, {value.layout}, {value.device.type})"
+    stored = value.untyped_storage().nbytes()
+    if value.numel() * value.element_size() > stored:
+        return f"a tensor of {value.numel()} numbers that stores {stored} bytes"
+    return None
 
 
 def _listing(title: str, entries: Sequence[str]) -> str:

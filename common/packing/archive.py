@@ -103,7 +103,7 @@ def entry_faults(archive: zipfile.ZipFile, limits: Limits) -> list[tuple[str, st
             same = "is there twice" if seen[key] == name else f"is one file with {seen[key]} on Windows and macOS"
             fault = fault or same
         seen[key] = name
-        if entry.is_dir():
+        if name.endswith("/"):
             fault = fault or ("is a folder that holds data" if entry.file_size else None)
             folders.add(key)
         parts = key.split("/")

@@ -199,6 +199,7 @@ def _check_digests(root: Path, files: Mapping[str, str], report: Report) -> str:
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != 64 or name in listed:
             report.blame("digests", CHECKSUMS, f"the line {line[:80]!r} is no checksum, or one of a file listed twice.")
+            return ""
         listed[name] = digest
     for name in sorted(set(listed) - set(files)):
         report.blame("digests", name, f"is listed in {CHECKSUMS}, but missing.")

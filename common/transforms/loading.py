@@ -41,6 +41,7 @@ __all__ = [
 # What nibabel and ITK say of a file that is shorter than its header promises.
 _CUT_SHORT = ("ended before the end-of-stream marker", " bytes, got ", "fread got only", " bytes but received ")
 _ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
+_LARGEST = 1e14  # intensity whose squares, a billion of them, have a sum in float32
 
 
 def image_loader(**options: Any) -> LoadImage:
@@ -70,9 +71,9 @@ class LoadCased(MapTransform):
         dimensions: spatial axes that the image must have. None allows any.
 
     Raises:
-        BadInput: a file can't be read, holds NaN or infinite voxels, has another number of channels or axes, label ids
-            that are not in ``labels`` or not among those the case is ``annotated`` for, or lies on another grid than
-            the image.
+        BadInput: a file can't be read, holds NaN, infinite or absurdly large voxels, has another number of channels or
+            axes, label ids that are not in ``labels`` or not among those the case is ``annotated`` for, or lies on
+            another grid than the image.
     """
 
     def __init__(
@@ -177,13 +178,20 @@ def read_image(load: LoadImage, path: Any) -> MetaTensor:
         path: a file, a folder with a DICOM series, or a list of files, one a channel.
 
     Raises:
-        BadInput: it can't be read, its axes are not at right angles, or it holds NaN or infinite voxels.
+        BadInput: it can't be read, its axes are not at right angles, or it holds NaN, infinite or far too large voxels.
     """
     image = _read(load, "image", path).to(torch.float32)
     broken = int((~torch.isfinite(image)).sum())
     if broken:
         raise BadInput(
             f"image {_path(path)} has {broken} NaN or infinite voxels of {image.numel()}; repair the file", kind="nan"
+        )
+    largest = max(map(abs, map(float, torch.aminmax(image.as_tensor()))))
+    if largest > _LARGEST:
+        raise BadInput(
+            f"image {_path(path)} has intensities up to {largest:.3g}, which can't be normalised; correct the file, "
+            "such as the scale factor in its header",
+            kind="values",
         )
     return image
 
@@ -302,8 +310,8 @@ def _read(load: LoadImage, key: str, path: Any) -> MetaTensor:
     what = str(first) if key == "image" else f"{key} {first}"
     if not os.path.exists(first):
         raise BadInput(f"{what} does not exist", kind="missing")
-    grid = None if is_nifti(first) else read_grid(path)
-    reader = NibabelReader() if grid is None else ITKReader()
+    grid = read_grid(path)
+    reader = NibabelReader() if is_nifti(first) else ITKReader()
     try:
         value = _own_rank(load(path, reader=reader))
     except Exception as error:
@@ -311,8 +319,9 @@ def _read(load: LoadImage, key: str, path: Any) -> MetaTensor:
             f"{what} can't be read ({describe_error(error)}); it is truncated, damaged or no image: copy it again",
             kind="truncated" if any(words in str(error) for words in _CUT_SHORT) else "unreadable",
         ) from error
-    if grid is not None and value.ndim == 4:
-        # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices.
+    if value.ndim == 4:
+        # ITK's reader knows no slice thickness, and takes the stack to be at a right angle to its slices. MONAI's takes
+        # an affine of NIfTI for another one where its sides aren't the voxel size to the last digit.
         value.affine = torch.as_tensor(grid.affine, dtype=torch.float64)
     check_right_angles(value.affine.cpu().numpy(), what)
     return value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -32,10 +34,18 @@ class Spacingd(MonaiSpacingd):
     """MONAI's ``Spacingd`` for entries that hold plain values under ``image_*``, as those of MONAI Label do.
 
     The original takes every such entry for a dictionary of metadata and updates it, which fails on a path.
+
+    Raises:
+        BadInput: when called, if the voxels are more than ``MOST_GROWTH`` times as large as wanted. Nothing of use
+            could be seen in them; they come of a wrong header, and resampling would take hours or all memory.
     """
+
+    MOST_GROWTH = 1000
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
         """Resample ``data`` to the wanted spacing."""
+        for key in self.key_iterator(data):
+            self._check_growth(key, data[key])
         prefixes = tuple(f"{key}_" for key in self.keys)
         hidden: dict[Hashable, Any] = {
             key: value
@@ -47,6 +57,16 @@ class Spacingd(MonaiSpacingd):
         }
         shown = {key: value for key, value in data.items() if key not in hidden}
         return {**super().__call__(shown, lazy=lazy), **hidden}
+
+    def _check_growth(self, key: Hashable, image: torch.Tensor) -> None:
+        sides = image.pixdim.tolist() if isinstance(image, MetaTensor) else []
+        sizes = [(float(side), float(size)) for side, size in zip(sides, self.spacing_transform.pixdim, strict=False)]
+        if math.prod(side / size for side, size in sizes) > self.MOST_GROWTH:
+            found, wanted = (" x ".join(f"{side:.4g}" for side in axes) for axes in zip(*sizes, strict=True))
+            raise BadInput(
+                f"{key} {image.meta.get('filename_or_obj', '')}: its voxels are {found} mm large, the network's "
+                f"{wanted} mm; correct the voxel size in the file's header, or choose a network for such images"
+            )
 
 
 class NormalizeChannelsd(MapTransform):

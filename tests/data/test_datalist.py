@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from common.data import case_keys, case_name, check_cases, check_labels, check_output, load_section, read_datalist
 from common.data.datalist import read_grid
+from common.data.inputs import find_cases
 from common.errors import BadInput
 from common.transforms import LoadCased
 
@@ -79,6 +82,10 @@ def test_datalist_that_is_missing_or_broken(tmp_path):
     broken.write_text("[]")
     with pytest.raises(BadInput, match="holds a list"):
         read_datalist(broken)
+    for content in ("[" * 100_000, "9" * 5000, "\udcff"):
+        broken.write_text(content, errors="surrogateescape")
+        with pytest.raises(BadInput, match=r"broken\.json can't be read"):
+            read_datalist(broken)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +202,63 @@ def test_truncated_nifti_is_found_by_its_size(tmp_path):
         check_cases([{"image": str(path)}])
 
 
+def change_header(path: Path, **values) -> str:
+    """Write fields of a plain NIfTI file's header that nibabel would keep right."""
+    content = path.read_bytes()
+    header = np.frombuffer(content[:348], nibabel.Nifti1Header.template_dtype).copy()
+    for name, value in values.items():
+        header[name][0] = value
+    path.write_bytes(header.tobytes() + content[348:])
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dim": [3, 30_000, 30_000, 30_000, 1, 1, 1, 1]}, "truncated"),
+        ({"dim": [5, 6, 5, 4, 1, 1, 1, 1]}, "has the shape (6, 5, 4, 1, 1)"),
+        ({"dim": [3, 6, 0, 4, 1, 1, 1, 1]}, "has the shape (6, 0, 4)"),
+        ({"datatype": 32, "dim": [3, 2, 2, 2, 1, 1, 1, 1]}, "colours or complex numbers"),
+        ({"pixdim": [1, 1, 1, 5, 1, 1, 1, 1]}, "two voxel sizes, 1 x 1 x 1 mm (its affine) and 1 x 1 x 5 mm (pixdim)"),
+        ({"srow_x": [1, 0, 0, np.inf]}, "places it at"),
+        ({"srow_x": [np.nan, 0, 0, 0]}, "places it at"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_headers_that_can_t_be(tmp_path, values, words, suffix):
+    path = Path(write(tmp_path / "a.nii"))
+    change_header(path, **values)
+    if suffix == ".nii.gz":
+        path = tmp_path / "a.nii.gz"
+        path.write_bytes(gzip.compress((tmp_path / "a.nii").read_bytes()))
+    for read in (read_grid, lambda path: LoadCased(("image",))({"image": path})):
+        with pytest.raises(BadInput, match=re.escape(words)) as caught:
+            read(str(path))
+        assert str(path) in str(caught.value)
+
+
+def test_the_grid_is_that_of_the_affine_to_the_last_digit(tmp_path):
+    """MONAI takes that of the quaternion where the voxel size is rounded."""
+    path = change_header(Path(write(tmp_path / "a.nii")), pixdim=[1, 1, 1, 1.002, 1, 1, 1, 1], qoffset_x=50)
+    loaded = LoadCased(("image",))({"image": path})["image"]
+    assert np.array_equal(loaded.affine, np.eye(4))
+    assert np.array_equal(loaded.affine, read_grid(path).affine)
+
+
+def test_the_home_of_nobody(tmp_path):
+    path = write_datalist(tmp_path, testing=[{"image": "~no-such-user/a.nii"}])
+    with pytest.raises(BadInput, match=r"do not exist: .*~no-such-user/a\.nii"):
+        load_section(path, "testing", keys=["image"])
+    with pytest.raises(BadInput, match="does not exist"):
+        find_cases("~no-such-user/a.nii")
+
+
 def test_patients_and_images_stay_on_one_side(case, tmp_path):
     other = {"image": write(tmp_path / "b.nii.gz")}
-    with pytest.raises(BadInput, match="image and b are of one patient, and in training and in validation"):
+    with pytest.raises(BadInput, match="image and b are of one patient, and in training and in validation") as caught:
+        check_cases([{**case, "patient": "Mueller"}], validation=[{**other, "patient": "Mueller"}])
+    assert "Mueller" not in str(caught.value)
+    with pytest.raises(BadInput, match="are of one patient"):
         check_cases([{**case, "patient": 7}], validation=[{**other, "patient": "7"}])
     with pytest.raises(BadInput, match="is in training and in validation"):
         check_cases([case], validation=[{**case}])

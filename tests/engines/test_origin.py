@@ -117,6 +117,13 @@ def test_a_record_about_other_weights_is_not_believed(model) -> None:
     load_weights(nn.Linear(1, 1), model({**CONFIG, "channels": 2}, digest="0" * 64))
 
 
+@pytest.mark.parametrize("record", ["[" * 100_000, "[]", "9" * 5000, '{"weights": "DIGEST", "config": []}'])
+def test_a_damaged_record_is_none(record: str, model) -> None:
+    path = model(CONFIG)
+    path.with_suffix(".json").write_text(record.replace("DIGEST", state_digest(read_weights(path))))
+    start_from(nn.Linear(1, 1), path, "teacher weights")
+
+
 def test_weights_from_elsewhere_have_no_record(model) -> None:
     path = model({**CONFIG, "channels": 2})
     path.with_suffix(".json").unlink()

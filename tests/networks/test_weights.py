@@ -147,6 +147,22 @@ def test_files_that_are_no_weights_are_explained(tmp_path):
         read_weights(tmp_path / "code.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("a", torch.eye(3).to_sparse(), "a tensor of another kind"),
+        ("a", torch.eye(3).to(torch.complex64), "a tensor of another kind"),
+        ("a", torch.eye(3, device="meta"), "a tensor of another kind"),
+        ("a", torch.zeros(1).expand(10_000, 10_000, 1000), "a tensor of 100000000000 numbers that stores 4 bytes"),
+        (1, torch.eye(3), "no name"),
+    ],
+)
+def test_tensors_that_no_network_has(tmp_path, name, value, found):
+    torch.save({"model": {"b": torch.eye(2), name: value}}, tmp_path / "model.pt")
+    with pytest.raises(BadInput, match=rf"model\.pt: '{name}' is {found}"):
+        read_weights(tmp_path / "model.pt")
+
+
 def test_saved_weights_are_plain_cpu_tensors_without_what_lies_behind_views(tmp_path):
     save_weights({"w": torch.zeros(100_000, requires_grad=True)[:2]}, tmp_path / "model.pt")
     content = torch.load(tmp_path / "model.pt", weights_only=True)

@@ -115,13 +115,16 @@ DIGESTS = {
     "extra": (_set("scripts/common/more.py", b""), "scripts/common/more.py: is not listed"),
     "no list": (lambda files: files.pop(CHECKSUMS), "checksums.sha256: is missing"),
     "no checksum": (lambda files: files.update({CHECKSUMS: files[CHECKSUMS] + b"abc  a\n"}), "'abc  a' is no checksum"),
+    "no list at all": (_set(CHECKSUMS, b"a\n" * 100_000), "the line 'a' is no checksum"),
     "listed twice": (lambda files: files.update({CHECKSUMS: 2 * files[CHECKSUMS]}), "listed twice"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), DIGESTS.values(), ids=DIGESTS)
 def test_checksums(change: Change, message: str, mutate: Mutate) -> None:
-    assert message in problems(mutate(change, reseal=False))
+    found = problems(mutate(change, reseal=False))
+    assert message in found
+    assert found.count("\n") < 10
 
 
 def _link(entry: zipfile.ZipInfo) -> None:
@@ -144,6 +147,7 @@ ENTRIES = {
     "twice": (f"{TOP}/LICENSE", None, f"{TOP}/LICENSE: is there twice"),
     "twice but for case": (f"{TOP}/license", None, f"is one file with {TOP}/LICENSE on Windows"),
     "file and folder": (f"{TOP}/docs", None, f"{TOP}/docs: is both a file and a folder"),
+    "no name": ("", None, "archive.zip: is not a plain path"),
     "second folder": ("other/x", None, "expected one folder at the top"),
     "no folder": ("x", None, "expected one folder at the top"),
 }
@@ -180,7 +184,11 @@ def test_bombs(packed: dict[str, Path], tmp_path: Path, mutate: Mutate) -> None:
     assert "models/model.pt: archive/data/0 unpacks to" in problems(mutate(_set("models/model.pt", buffer.getvalue())))
     buffer = io.BytesIO()
     torch.save({"model": {"a": torch.zeros(1).expand(10_000, 100_000, 100)}}, buffer)
-    assert "the tensors take 400.00 GB" in problems(mutate(_set("models/model.pt", buffer.getvalue())))
+    assert "a tensor of 100000000000 numbers" in problems(mutate(_set("models/model.pt", buffer.getvalue())))
+    buffer = io.BytesIO()
+    torch.save({"model": dict.fromkeys("abcdefghij", torch.zeros(1_000_000))}, buffer)
+    sized = mutate(_set("models/model.pt", buffer.getvalue()))
+    assert "the tensors take 0.04 GB, more than 0.03 GB" in problems(sized, limits=Limits(size=3e7, ratio=1e4))
 
 
 class Marker:

@@ -123,6 +123,7 @@ def test_a_sheared_grid_is_refused_and_an_oblique_one_is_not(arrays, tmp_path):
     image = nibabel.load(straight)
     image.header["srow_y"] = 0
     image.header["qform_code"] = 0
+    image.header["pixdim"][1:4] = np.linalg.norm(image.header.get_sform()[:3, :3], axis=0)
     (tmp_path / "flat.nii").write_bytes(image.header.binaryblock + bytes(4) + arrays["image"].tobytes("F"))
     with pytest.raises(BadInput, match=r"flat\.nii: its axes are 90\.0 degrees from right angles"):
         read_grid(tmp_path / "flat.nii")
@@ -138,7 +139,7 @@ def test_absent_truncated_and_damaged_files(load, case, tmp_path):
         load({"image": str(path)})
     path = tmp_path / "text.nii"
     path.write_text("this is no image")
-    with pytest.raises(BadInput, match=r"text\.nii can't be read"):
+    with pytest.raises(BadInput, match=r"text\.nii can't be opened"):
         load({"image": str(path)})
 
 
@@ -195,7 +196,8 @@ def test_dicom_series(load, tmp_path):
     check_cases([{"image": str(tmp_path / "series"), "label": label}], channels=1, patch_size=(4, 4, 4))
 
     write_series(tmp_path / "series", volume[:2], "1.2.3.5")
-    with pytest.raises(BadInput, match="2 DICOM series"):
+    # By their files, not by their numbers, which lead to a patient.
+    with pytest.raises(BadInput, match=r"2 DICOM series: that of 1\.2\.3\.\d-0\.dcm \([24] files\), that of [^:]*$"):
         load({"image": str(tmp_path / "series")})
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="without a DICOM series"):
@@ -209,6 +211,13 @@ def test_nan_is_refused_and_counted(load, case, arrays, tmp_path):
     arrays["thickness"][0, 0, 0] = np.nan
     with pytest.raises(BadInput, match=r"thickness .*has 1 NaN"):
         load({**case, "thickness": write(tmp_path / "bad.nii.gz", arrays["thickness"])})
+
+
+def test_intensities_that_no_scanner_gives(load, arrays, tmp_path):
+    """Their squares have no sum, and all of the image would be background."""
+    image = arrays["image"] * np.float32(1e30)
+    with pytest.raises(BadInput, match=r"large\.nii has intensities up to \d\.\d+e\+30, which can't be normalised"):
+        load({"image": write(tmp_path / "large.nii", image)})
 
 
 def test_channels(load, tmp_path, arrays):

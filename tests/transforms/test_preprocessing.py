@@ -176,6 +176,15 @@ def test_arguments_that_make_no_sense(arguments, message):
         preprocessing(**arguments)
 
 
+def test_voxels_that_are_much_larger_than_wanted_come_of_a_wrong_header(tmp_path):
+    values = np.zeros((4, 4, 4), np.float32)
+    transform = preprocessing(spacing=(1.0, 1.0, 1.0))
+    assert transform({"image": write(tmp_path / "a.nii", values, np.diag([9.0, 9.0, 9.0, 1.0]))})["image"].shape[1] > 20
+    path = write(tmp_path / "b.nii", values, np.diag([0.5, 0.5, 9000.0, 1.0]))
+    with pytest.raises(BadInput, match=r"b\.nii: its voxels are 0\.5 x 0\.5 x 9000 mm large, the network's 1 x 1 x 1"):
+        transform.transforms[2](transform.transforms[0]({"image": path}))
+
+
 def test_chain_is_flat_so_that_the_deterministic_part_is_cached(case):
     transform = chain(preprocessing(("image", "label"), LABELS), None, RandGaussianNoised("image", prob=1.0))
     assert isinstance(transform.transforms[-1], RandGaussianNoised)

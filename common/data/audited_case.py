@@ -144,7 +144,7 @@ def voxel_digests(image: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
 def _digest(array: np.ndarray) -> str:
     digest = hashlib.blake2b(repr(array.shape).encode(), digest_size=16)
     # 0 and -0 are one value; ids keep their type.
-    digest.update(np.ascontiguousarray(array + array.dtype.type(0)))
+    digest.update(np.ascontiguousarray(array + array.dtype.type(0)).data)
     return digest.hexdigest()
 
 
@@ -253,6 +253,7 @@ class _Audit:
         """Audit the label map under ``key``; its ids (*spatial), None where there is none that can be used."""
         if self.entry.get(key) is None:
             return None
+        ids: np.ndarray | None = None
         with self.noting(key):
             path = self.files(key)
             self.same_grid(key, path)
@@ -265,8 +266,7 @@ class _Audit:
                 self.say("constant", "warning", f"every voxel is labelled {high}", key)
             elif key == "label":
                 self.found.label = _digest(ids)
-            return ids
-        return None
+        return ids
 
     def map(self, target: Mapping[str, Any], label: np.ndarray | None) -> None:
         name, missing = target["name"], float(target.get("missing", 0))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 from ..targets import structure_ids
@@ -41,7 +42,7 @@ def hounsfield_doubt(lowest: float, highest: float) -> Doubt | None:
     return "warning", f"called CT, but no voxel is below {AIR:g}, {found}: perhaps a window. {advice}"
 
 
-def number_doubt(target: Mapping[str, Any], value: float, shape: Sequence[int], spacing: Sequence[float]) -> str | None:
+def number_doubt(target: Mapping[str, Any], value: float, shape: ArrayLike, spacing: ArrayLike) -> str | None:
     """Why a number can't be the case's length, area or volume; None where it can, or its unit is none of these.
 
     Args:

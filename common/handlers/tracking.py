@@ -22,6 +22,7 @@ from ignite.engine import Engine, Events
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from monai.engines import Evaluator
 from monai.handlers import MLFlowHandler
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -229,12 +230,13 @@ class Tracking(_Run):
             self.evaluator.add_event_handler(Events.COMPLETED, self._note_entropies)
 
     def _collect_entropies(self, evaluator: Engine) -> None:
-        cases = cases_of(evaluator) if isinstance(evaluator.state.output, (dict, list)) else []
+        cases: list[dict[str, Any]] = cases_of(evaluator) if isinstance(evaluator.state.output, (dict, list)) else []
         self.entropies += [number(case["entropy"]) for case in cases if "entropy" in case]
 
-    def _note_entropies(self, evaluator: Engine) -> None:
+    def _note_entropies(self, evaluator: Evaluator) -> None:
         if self.entropies:
-            network = getattr(evaluator.network, "module", evaluator.network)  # without what distributes it
+            network: Any = getattr(evaluator, "network")  # noqa: B009 (of every evaluator, though not declared)
+            network = getattr(network, "module", network)  # without what distributes it
             self.validated[state_digest(network.state_dict())] = mean_and_spread(self.entropies)
 
     def _interrupted(self, engine: Engine) -> Run | None:
@@ -265,8 +267,9 @@ class Tracking(_Run):
 
     def _begin_record(self, engine: Engine) -> None:
         """Write what is known of the run before it; of one that is resumed, add what has changed since it began."""
-        made_with = environment(engine.state.device, idist.get_world_size())
-        precision = getattr(engine, "precision", None)
+        state: Any = engine.state  # to which MONAI adds the device
+        made_with = environment(state.device, idist.get_world_size())
+        precisions: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
         earlier = self._earlier_record() if engine.state.epoch > 0 else {}
         self.record = {
             "stage": self.stage,
@@ -275,8 +278,8 @@ class Tracking(_Run):
             # A packed bundle's code lies in the bundle, not where the project is installed.
             "bundle_folder": str(ROOT.parent) if __package__.startswith("scripts.") else None,
             "seed": getattr(engine, "seed", None),
-            "device": str(engine.state.device),
-            "amp": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "false"),
+            "device": str(state.device),
+            "amp": precisions.get(getattr(engine, "precision", None), "false"),
             "made_with": made_with,
             "config": self.config,
             "parents": {
@@ -318,7 +321,7 @@ class Tracking(_Run):
 
     def _add_digests(self, wait: bool) -> None:
         """Put the digests of the data into the record, once they are known."""
-        data = self.digests and self.digests.result(wait)
+        data = self.digests.result(wait) if self.digests else None
         if data is None:
             return
         self.digests = None

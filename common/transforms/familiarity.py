@@ -20,6 +20,7 @@ import torch
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform
+from monai.utils import convert_to_tensor
 
 from ..data.datalist import case_name
 from ..errors import BadInput
@@ -55,7 +56,9 @@ def measure_image(image: MetaTensor) -> dict[str, torch.Tensor]:
     if voxels[0].numel() > SAMPLES:
         # Not every n-th voxel, which might all lie in one column.
         rng = np.random.default_rng(0)
-        voxels = voxels[(slice(None), *(torch.from_numpy(rng.integers(n, size=SAMPLES)) for n in voxels.shape[1:]))]
+        places: list[slice | torch.Tensor] = [slice(None)]
+        places += [torch.from_numpy(rng.integers(n, size=SAMPLES)) for n in voxels.shape[1:]]
+        voxels = voxels[tuple(places)]
     ranges = []
     for channel in voxels.reshape(len(voxels), -1).cpu().numpy():
         nonzero = channel[channel != 0]
@@ -120,9 +123,9 @@ def _read_entropy(source: Path, _changed: tuple[int, ...]) -> tuple[float, float
     entropy = record.get("entropy") if isinstance(record, Mapping) else None
     if not isinstance(entropy, Mapping):
         return None
-    mean, deviation, count = (entropy.get(key) for key in ("mean", "sd", "n"))
-    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (mean, deviation, count))
-    return (mean, deviation, count) if numbers and count >= FEWEST_CASES else None
+    figures = [entropy.get(key) for key in ("mean", "sd", "n")]
+    mean, deviation, count = (value if isinstance(value, (int, float)) else math.nan for value in figures)
+    return (mean, deviation, int(count)) if math.isfinite(mean + deviation) and count >= FEWEST_CASES else None
 
 
 def expected_entropy(source: str | Path) -> tuple[float, float, int] | None:
@@ -200,7 +203,7 @@ class CaseWarningsd(MapTransform):
         return d
 
     def _of_segmentation(self, segmentation: torch.Tensor) -> Iterator[dict[str, str]]:
-        labels = segmentation[0].as_tensor() if isinstance(segmentation, MetaTensor) else segmentation[0]
+        labels: torch.Tensor = convert_to_tensor(segmentation[0], track_meta=False)
         present = [label for label in self.names if bool((labels == label).any())]
         if not present:
             yield {"kind": "nothing_found", "text": "nothing was found: every voxel is background"}

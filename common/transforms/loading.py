@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -180,7 +180,7 @@ def read_image(load: LoadImage, path: Any) -> MetaTensor:
     Raises:
         BadInput: it can't be read, its axes are not at right angles, or it holds NaN, infinite or far too large voxels.
     """
-    image = _read(load, "image", path).to(torch.float32)
+    image = cast(MetaTensor, _read(load, "image", path).to(torch.float32))
     broken = int((~torch.isfinite(image)).sum())
     if broken:
         raise BadInput(
@@ -249,7 +249,7 @@ def check_label(
             "the ids that the label speaks of, or take the others out of the file",
             kind="annotated",
         )
-    return value.round().to(torch.uint8 if small else torch.int16)
+    return cast(MetaTensor, value.round().to(torch.uint8 if small else torch.int16))
 
 
 def check_values(value: MetaTensor, name: str, path: Any, missing: float) -> MetaTensor:
@@ -264,7 +264,7 @@ def check_values(value: MetaTensor, name: str, path: Any, missing: float) -> Met
     Raises:
         BadInput: it holds NaN or infinite voxels, and these are not what says so.
     """
-    value = value.to(torch.float32)
+    value = cast(MetaTensor, value.to(torch.float32))
     broken = int((~torch.isfinite(value)).sum()) if np.isfinite(missing) else 0
     if broken:
         raise BadInput(

@@ -59,7 +59,9 @@ class Spacingd(MonaiSpacingd):
         return {**super().__call__(shown, lazy=lazy), **hidden}
 
     def _check_growth(self, key: Hashable, image: torch.Tensor) -> None:
-        sides = image.pixdim.tolist() if isinstance(image, MetaTensor) else []
+        if not isinstance(image, MetaTensor):
+            return
+        sides = image.pixdim.tolist()
         sizes = [(float(side), float(size)) for side, size in zip(sides, self.spacing_transform.pixdim, strict=False)]
         if math.prod(side / size for side, size in sizes) > self.MOST_GROWTH:
             found, wanted = (" x ".join(f"{side:.4g}" for side in axes) for axes in zip(*sizes, strict=True))

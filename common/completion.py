@@ -132,7 +132,7 @@ def complete(
     _check_names(cases)
     rank, processes = process_share()
     if rank == 0:
-        _check_record(output, _digests(teachers))
+        _check_record(output, _origins(teachers, labels, cases))
     _wait(processes)
     unknown = [case for case in cases if _unknown(case, paths)]
     waiting = [case for case in unknown[rank::processes] if not _file(case, output).exists()]
@@ -161,7 +161,7 @@ def completed_cases(
     Args:
         datalist: JSON file; without teachers one that :func:`complete` wrote.
         teachers: as in :func:`complete`; None to take the completed labels that the datalist names.
-        output: the completed labels go to a folder of their teachers in it.
+        output: the completed labels go to a folder in it, another one for other teachers, labels or cases.
         device: as in :func:`complete`.
         amp: as in :func:`complete`.
 
@@ -169,7 +169,10 @@ def completed_cases(
         Entries with ``image``, ``label``, ``completed`` and, where not all of it is people's work, ``annotated``.
     """
     if teachers is not None:
-        digest = hashlib.sha256(json.dumps(_digests(teachers), sort_keys=True).encode()).hexdigest()
+        content = read_datalist(datalist)
+        cases = load_section(content, "training")
+        origins = _origins(teachers, content.get("labels", {}), cases)
+        digest = hashlib.sha256(json.dumps(origins, sort_keys=True).encode()).hexdigest()
         datalist = complete(datalist, teachers, Path(output) / digest[:12], device, amp)
     content = read_datalist(datalist)
     if not any("completed" in entry for entry in content.get("training", [])):
@@ -204,15 +207,36 @@ def _digests(teachers: Mapping[str, str]) -> dict[str, str]:
     return {organ: state_digest(read_weights(path)) for organ, path in teachers.items()}
 
 
-def _check_record(output: Path, digests: Mapping[str, str]) -> None:
-    """Labels that several sets of teachers completed must not lie in one folder."""
+def _origins(
+    teachers: Mapping[str, str], labels: Mapping[str, str], cases: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What completed labels are made of: teachers, names by id, and of each case its label and what that speaks of."""
+    own = {
+        case_name(case): {
+            "label": hashlib.sha256(Path(case["label"]).read_bytes()).hexdigest(),
+            "annotated": case.get("annotated"),
+        }
+        for case in cases
+    }
+    return {"teachers": _digests(teachers), "labels": dict(labels), "cases": own}
+
+
+def _check_record(output: Path, origins: Mapping[str, Any]) -> None:
+    """A completed label must not stand for what other teachers, other names or another label would give."""
     record = output / _RECORD
-    if record.exists() and json.loads(record.read_text()) != {"teachers": digests}:
-        raise BadInput(
-            f"{output}: the labels there were completed by other teachers (see {_RECORD}). Choose another folder, or "
-            "delete this one."
-        )
-    write_atomically(record, json.dumps({"teachers": digests}, indent=1) + "\n")
+    if record.exists():
+        earlier = json.loads(record.read_text())
+        changed = [
+            *(what for what in ("teachers", "labels") if earlier.get(what) != origins[what]),
+            *(name for name, case in earlier.get("cases", {}).items() if origins["cases"].get(name, case) != case),
+        ]
+        if changed:
+            raise BadInput(
+                f"{output}: the labels there were completed from something else ({', '.join(changed[:5])}; see "
+                f"{_RECORD}). Choose another folder, or delete this one."
+            )
+        origins = {**origins, "cases": {**earlier.get("cases", {}), **origins["cases"]}}
+    write_atomically(record, json.dumps(origins, indent=1) + "\n")
 
 
 def _complete_case(

@@ -169,13 +169,37 @@ def test_other_teachers_have_a_folder_of_their_own(datalist: Path, teachers: dic
     output = tmp_path / "completed"
     complete(datalist, teachers, output)
     others = {**teachers, "liver": write_teacher(tmp_path / "others", "liver")}
-    with pytest.raises(BadInput, match="completed by other teachers"):
+    with pytest.raises(BadInput, match=r"completed from something else \(teachers; see"):
         complete(datalist, others, output)
     folders = {
         Path(completed_cases(datalist, given, tmp_path / "own")[0]["completed"]).parents[1]
         for given in (teachers, others, teachers)
     }
     assert len(folders) == 2
+
+
+def test_a_label_that_has_changed_is_not_completed_by_the_old_one(
+    datalist: Path, teachers: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "completed"
+    complete(datalist, teachers, output)
+    before = completed_cases(datalist, teachers, tmp_path / "own")
+    content = json.loads(datalist.read_text())
+    case = {key: content["training"][0][key] for key in ("image", "label")}
+    datalist.write_text(json.dumps({**content, "training": [*content["training"], {**case, "image": "new.nii.gz"}]}))
+    (datalist.parent / "new.nii.gz").write_bytes((datalist.parent / case["image"]).read_bytes())
+    complete(datalist, teachers, output)  # a case more takes nothing away
+    content["training"][0]["annotated"] = [1, 2]  # somebody has looked for the spleen, too
+    datalist.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"something else \(a_image; see"):
+        complete(datalist, teachers, output)
+    after = completed_cases(datalist, teachers, tmp_path / "own")
+    assert after[0]["completed"] != before[0]["completed"]
+    assert not (voxels(after[0]["completed"]) == 2).any(), "people found no spleen there"
+    swapped = {**LABELS, "2": LABELS["3"], "3": LABELS["2"]}
+    datalist.write_text(json.dumps({**content, "labels": swapped}))
+    with pytest.raises(BadInput, match=r"something else \(labels, a_image; see"):
+        complete(datalist, teachers, output)
 
 
 def test_cases_for_a_training(datalist: Path, teachers: dict[str, str], tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import nn
 
 from ..errors import BadInput
@@ -64,15 +65,37 @@ def read_organ_teacher(path: str | Path, organ: str) -> tuple[nn.Module, dict[st
             f"teacher of {organ}, {path}: it was trained for {', '.join(map(str, of))}; expected a teacher of {organ} "
             f"alone. Train the teacher bundle with --organ {organ}."
         )
-    # A packed bundle carries the package below `scripts`, and its weights may be used outside it, or the other way.
-    package, target = __package__.rpartition(".engines")[0], str(network["_target_"])
-    target = f"{package}.{target.removeprefix('scripts.').removeprefix('common.')}"
-    classes = {"0": labels.get("0", "background"), "1": organ}
-    parser = ConfigParser({**settings, "classes": classes, "network_def": {**network, "_target_": target}})
     # Weights are drawn only to be replaced: what is drawn after them must not depend on whether teachers were needed.
     with torch.random.fork_rng(devices=[]):
-        made = parser.get_parsed_content("network_def")
+        made = _make_network(network, f"teacher of {organ}, {Path(path).with_suffix('.json')}")
     return load_frozen(made, path, f"teacher of {organ}"), settings
+
+
+def _make_network(definition: Mapping[str, Any], source: str) -> nn.Module:
+    """One of the project's networks, of two classes, from a record, which may come from anywhere: nothing else is run.
+
+    Raises:
+        BadInput: the definition names no network of the project, or has an expression among its arguments.
+    """
+    # A packed bundle carries the package below `scripts`, and its weights may be used outside it, or the other way.
+    name = str(definition.get("_target_", "")).removeprefix("scripts.").removeprefix("common.")
+    networks = import_module(f"{__package__.rpartition('.engines')[0]}.networks")
+    module, _, kind = name.removeprefix("networks.").rpartition(".")
+    if module in {found.name for found in pkgutil.iter_modules(networks.__path__)}:
+        networks = import_module(f"{networks.__name__}.{module}")
+    made = getattr(networks, kind, None)
+    own = isinstance(made, type) and issubclass(made, nn.Module) and made.__module__.startswith(f"{networks.__name__}")
+    arguments = {key: value for key, value in definition.items() if not key.startswith("_")}
+    arguments["out_channels"] = 2  # which the record has as an expression
+    try:
+        if own and isinstance(made, type):
+            return made(**arguments)
+    except (TypeError, ValueError):  # of an expression where a number should be
+        pass
+    raise BadInput(
+        f"{source}: its network_def is {dict(definition)}; expected a network of this project and plain values. Use "
+        "weights that the teacher bundle wrote."
+    )
 
 
 def load_organ_teachers(paths: Mapping[str, str] | None, labels: Mapping[str, str]) -> nn.ModuleList:

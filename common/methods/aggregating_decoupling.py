@@ -243,7 +243,9 @@ class AggregatingDecoupling(Method):
             own.lerp_(torch.stack(towards).mean(0), 1 - self.decay)
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
-        refuse_partial_labels(batch["labeled"], "A&D, whose diffusion branch learns whole label maps")
+        refuse_partial_labels(
+            batch["labeled"], self.network.num_classes, "A&D, whose diffusion branch learns whole label maps"
+        )
         image, label = batch["labeled"]["image"], batch["labeled"]["label"]
         unlabeled = batch["unlabeled"]["image"]
         theta, psi = self.network.segmentation_decoder, self.network.difficulty_decoder

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..losses import unknown_classes
 from ..networks import SegmentationNetwork
 from ..networks.vnet import VNet
 
@@ -17,9 +18,10 @@ __all__ = ["Method", "Segmenter", "refuse_partial_labels"]
 Segmenter = SegmentationNetwork | VNet
 
 
-def refuse_partial_labels(labeled: Mapping[str, Any], what: str) -> None:
+def refuse_partial_labels(labeled: Mapping[str, Any], num_classes: int, what: str) -> None:
     """Raise :class:`BadInput` when a labelled batch has cases that label only some of the structures."""
-    if any(ids is not None for ids in labeled.get("annotated") or ()):
+    unknown = unknown_classes(labeled.get("annotated"), len(labeled["label"]), num_classes)
+    if unknown is not None and unknown.any():
         raise BadInput(
             f"annotated: cases that label only some of the structures can't be used with {what}. Leave them out of "
             "`training`, or choose another method."

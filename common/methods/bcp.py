@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..losses import SegmentationLoss
 from ..losses.partial_labels import Annotated
-from .base import Method, Segmenter, refuse_partial_labels
+from .base import Method, Segmenter
 from .moving_average import MovingAverage
 
 __all__ = ["BidirectionalCopyPaste", "box_mask"]
@@ -95,9 +95,14 @@ class BidirectionalCopyPaste(Method):
         label_a, label_b = _halves(batch["labeled"]["label"])
         mask = box_mask(image_a.shape[2:], self.box, image_a.device)
         if self.pretrains:
-            refuse_partial_labels(batch["labeled"], "the pre-training of BCP (set `pretraining` to 0)")
             _, logits = self.network.forward_all(torch.where(mask, image_a, image_b))
-            loss = self.segmentation_loss(logits, torch.where(mask, label_a, label_b))
+            target, annotated = torch.where(mask, label_a, label_b), batch["labeled"].get("annotated")
+            if annotated:  # the halves may know different structures, so each region has a loss of its own
+                half, inside = len(label_a), mask.expand_as(label_a)
+                known = ((inside, annotated[:half]), (~inside, annotated[half:]))
+                loss = torch.stack([self.segmentation_loss(logits, target, *region) for region in known]).mean()
+            else:
+                loss = self.segmentation_loss(logits, target)
             return {"loss": loss, "segmentation": loss}
 
         unlabeled = batch["unlabeled"]["image"]

@@ -53,7 +53,7 @@ def task_targets(label: Tensor, annotated: Annotated, tasks: Sequence[Sequence[i
 
 
 class DoDNet(Method):
-    """Dice and binary cross-entropy of each task's organ and tumour, averaged over those that a case has labels for.
+    """Dice and binary cross-entropy of each task's organ and tumour, averaged over all of a batch that have labels.
 
     The Dice is ``2 sum(p y) / (sum(p) + sum(y) + 1)``, of each crop and channel.
 

@@ -69,8 +69,7 @@ class DynamicHeadNetwork(nn.Module):
     of a tumour its sigmoid's plus the organ's where this is positive. So the most probable class is
 
     - the background where no task claims the voxel (no sigmoid above 1/2);
-    - of several organs that claim it, the one with the highest probability;
-    - the tumour where the task that wins finds one, since a tumour lies in its organ.
+    - of several that claim it, the one with the highest logit, where a tumour inside its organ has the sum of both.
 
     Args:
         spatial_dims: 2 or 3.

@@ -101,20 +101,41 @@ def crop(
             raise BadInput(f"`foreground` is {foreground}; expected a share from 0 to 1")
         if num_classes < 2:
             raise BadInput(f"there are {num_classes} classes; expected background and at least one structure")
-        shares = [1 - foreground] + [foreground / (num_classes - 1)] * (num_classes - 1)
-        cut = RandCropByLabelClassesd(
+        cut = _CropByPresentClassesd(
             maps,
+            foreground,
             label_key="label",
             indices_key="label_cls_indices",
             spatial_size=patch_size,
-            # Never quite 0, or a case that has only the classes of ratio 0 could not be cropped.
-            ratios=[max(share, 1e-9) for share in shares],
             num_classes=num_classes,
             num_samples=1,
             allow_missing_keys=True,
             warn=False,
         )
     return Compose([*prepare.transforms, cut, _CopyPatchd(maps, allow_missing_keys=True)])
+
+
+class _CropByPresentClassesd(RandCropByLabelClassesd):
+    """MONAI's crop with a share of foreground that stays the same where a case lacks structures, or does not know them.
+
+    MONAI's ratios are of all classes; those that a case lacks go to the others, background included.
+
+    Args:
+        keys: what is cropped.
+        foreground: share of the patches centred on a structure.
+        options: of MONAI's transform.
+    """
+
+    def __init__(self, keys: Sequence[str], foreground: float, **options: Any) -> None:
+        super().__init__(keys, **options)
+        self.foreground = foreground
+
+    def randomize(self, label: Any, indices: Any = None, image: Any = None) -> None:
+        present = sum(len(found) > 0 for found in indices[1:])
+        shares = [1 - self.foreground] + [self.foreground / max(present, 1)] * (len(indices) - 1)
+        # Never quite 0, or a case that has only the classes of ratio 0 could not be cropped.
+        self.cropper.ratios = [max(share, 1e-9) for share in shares]
+        super().randomize(label, indices, image)
 
 
 class _CopyPatchd(MapTransform):

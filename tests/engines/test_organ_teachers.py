@@ -94,6 +94,30 @@ def test_a_teacher_of_something_else(settings: dict[str, Any], found: str, tmp_p
         read_organ_teacher(path, "spleen")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("_target_", "common.files.os.remove"),
+        ("_target_", "os.remove"),
+        ("_target_", "common.networks.weights.Path"),
+        ("_target_", "common.networks.unet.torch.hub.load"),
+        ("features", "$__import__('pathlib').Path('touched').touch()"),
+    ],
+)
+def test_nothing_of_a_record_is_run_but_a_network(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(write(tmp_path, "spleen"))
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["config"]["network_def"][key] = value
+    path.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match=r"model\.json: its network_def is .*expected a network of this project"):
+        read_organ_teacher(path, "spleen")
+    assert not (tmp_path / "touched").exists()
+    assert path.exists()
+
+
 def test_weights_that_nobody_describes(tmp_path: Path) -> None:
     path = write(tmp_path, "spleen")
     Path(path).with_suffix(".json").unlink()

@@ -87,10 +87,11 @@ def test_one_network_one_preprocessing_one_inferer(bundle: str) -> None:
         for arguments in found:
             arguments.pop("keys", None)  # labels and targets are only read where there are any
             arguments.pop("mirror_axes", None)  # an option, off unless asked for
+            arguments.pop("measure", None)  # for inference's warnings
         assert found[0] == found[1] == found[2]
     post = [dict(evaluate["postprocessing"]), dict(inference["postprocessing"])]
     for arguments in post:
-        for key in ("output_dir", "mask", "preprocessing", "segments"):
+        for key in ("output_dir", "mask", "preprocessing", "segments", "warn"):
             arguments.pop(key, None)
     assert post[0] == post[1]
     for key in PLANNED:

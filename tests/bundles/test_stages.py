@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from bundle_runs import BUNDLES, Chain, config, run
 from matplotlib.image import imread
 
+from common.engines.origin import read_record
 from common.errors import find_bad_input
 from common.handlers import read_lineage
 
@@ -53,6 +55,13 @@ def test_lineage_leads_back_to_the_teacher(chain: Chain) -> None:
         assert "train/loss" in metrics
         assert "val_mean_dice" in metrics
         assert ("val_error" in metrics) == (bundle == "dual_decoder")
+
+
+def test_weights_know_how_uncertain_they_are_on_the_validation_cases(chain: Chain) -> None:
+    for bundle in BUNDLES:
+        entropy = read_record(chain.model(bundle))["entropy"]
+        assert entropy["n"] == 2
+        assert 0 < entropy["mean"] < math.log(3)
 
 
 def test_the_best_dual_decoder_is_that_of_the_smallest_error(

@@ -374,7 +374,7 @@ def test_the_command(data: DataSet, capsys: pytest.CaptureFixture[str], tmp_path
     assert main([*command, "--output", str(output)]) == 1
     printed = capsys.readouterr().out
     assert "error: truncated: a.nii.gz (training): a.nii.gz is truncated" in printed
-    assert "1 error(s), 1 warning(s): 1 x error truncated, 1 x warning empty" in printed
+    assert printed.splitlines()[-2] == "1 error(s), 1 warning(s)"
     assert str(tmp_path) not in output.read_text(), "paths are the datalist's"
     content = json.loads(output.read_text())
     error, warning = content.pop("findings")

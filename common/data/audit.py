@@ -30,6 +30,7 @@ from .processes import usable_cores, work_through
 __all__ = ["Audit", "add_arguments", "audit", "main"]
 
 _SHOWN = 10  # findings of a kind on the screen
+_SHOWN_FILES = 3  # of one finding
 
 Case = tuple[Task, AuditedCase]
 
@@ -205,26 +206,19 @@ def _labels(cases: Sequence[Case]) -> Iterator[Finding]:
 
 
 def _describe(report: Audit, seconds: float) -> str:
-    """The report for the screen: what was found by severity and kind, the first of each kind with its files."""
-    lines = [f"{report.cases} cases, {report.files} files read in {seconds:.0f} s: {report.datalist}"]
-    for severity in ("error", "warning"):
-        of_kind: dict[str, list[Finding]] = defaultdict(list)
-        for finding in report.findings:
-            if finding.severity == severity:
-                of_kind[finding.kind].append(finding)
-        for kind, findings in of_kind.items():
-            for finding in findings[:_SHOWN]:
-                section = f" ({finding.section})" if finding.section else ""
-                lines.append(f"{severity}: {kind}: {finding.file}{section}: {finding.message}")
-            if len(findings) > _SHOWN:
-                lines.append(
-                    f"{severity}: {kind}: and {len(findings) - _SHOWN} more; --output FILE.json lists them all"
-                )
-    kinds = Counter(f"{finding.severity} {finding.kind}" for finding in report.findings)
-    counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    lines.append(
-        f"{report.count('error')} error(s), {report.count('warning')} warning(s)" + f": {counts}" * bool(counts)
-    )
+    """The report for the screen: what was found, the files of which the same is to be said together."""
+    lines = [f"{report.datalist}: {report.cases} cases, {report.files} files read in {seconds:.0f} s"]
+    kinds: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for finding in report.findings:
+        file = finding.file + (f" ({finding.section})" if finding.section else "")
+        kinds[f"{finding.severity}: {finding.kind}"][finding.message].append(file)
+    for kind, messages in kinds.items():
+        for message, files in list(messages.items())[:_SHOWN]:
+            more = f" and {len(files) - _SHOWN_FILES} more" if len(files) > _SHOWN_FILES else ""
+            lines.append(f"{kind}: {', '.join(files[:_SHOWN_FILES])}{more}: {message}")
+        if len(messages) > _SHOWN:
+            lines.append(f"{kind}: and {len(messages) - _SHOWN} more; --output FILE.json lists them all")
+    lines.append(f"{report.count('error')} error(s), {report.count('warning')} warning(s)")
     return "\n".join(lines)
 
 

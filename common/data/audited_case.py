@@ -201,7 +201,9 @@ class _Audit:
             self.found.files += 1
             if not os.path.exists(self.at):
                 raise BadInput(f"{self.at} does not exist", kind="missing")
-            if not os.path.isdir(self.at) and not os.path.isfile(self.at):
+            if os.path.isdir(self.at):
+                continue
+            if not os.path.isfile(self.at):
                 raise BadInput(f"{self.at} is no file but a pipe or a device; expected an image", kind="unreadable")
             if not os.path.getsize(self.at):
                 raise BadInput(f"{self.at} is empty, a file of 0 bytes; copy it again", kind="empty")
@@ -269,8 +271,9 @@ class _Audit:
         return ids
 
     def map(self, target: Mapping[str, Any], label: np.ndarray | None) -> None:
-        name, missing = target["name"], float(target.get("missing", 0))
+        name = target["name"]
         with self.noting(name):
+            missing = float(target.get("missing", 0))
             path = self.files(name)
             self.same_grid(name, path)
             values = check_values(read_map(self.load, name, path), name, path, missing)

@@ -398,7 +398,10 @@ def _nifti_grid(path: str | os.PathLike) -> Grid:
     image: Any = nibabel.load(path)  # of whatever class; all that read NIfTI have what is asked for here
     shape = tuple(int(size) for size in image.shape)
     if not 2 <= len(shape) <= 4 or min(shape) < 1:
-        raise BadInput(f"{path} has the shape {shape}; expected two or three axes in space, and channels as the fourth")
+        raise BadInput(
+            f"{path} has the shape {shape}; expected two or three axes in space, and channels as the fourth",
+            kind="dimensions" if all(shape) else "empty",
+        )
     kind = image.header.get_data_dtype()
     if kind.kind not in "iuf":
         raise BadInput(f"{path} holds colours or complex numbers ({kind}); expected one number a voxel and channel")
@@ -648,15 +651,17 @@ def check_cases(
     problems: list[str] = []
     for entry in (*entries, *validation):
         problems += _case_problems(entry, labels, channels, targets, patch_size)
-    for section, others in (("validation", validation), ("testing", testing)):
+    labelled = [entry for entry in entries if entry.get("label") is not None]
+    # Images that are learnt from without labels may be tested on, if one says so: a transductive protocol.
+    for section, learnt, others in (("validation", entries, validation), ("testing", labelled, testing)):
         problems += [
             f"{case_name(ours)} and {case_name(theirs)} are of one patient, and in training and in {section}; a "
             "patient belongs to one of them"
-            for ours, theirs in in_both(entries, others, patient_key)
+            for ours, theirs in in_both(learnt, others, patient_key)
         ]
         problems += [
             f"image {_first_path(theirs['image'])} is in training and in {section}; it belongs to one of them"
-            for _, theirs in in_both(entries, others, lambda entry: os.path.realpath(_first_path(entry["image"])))
+            for _, theirs in in_both(learnt, others, lambda entry: os.path.realpath(_first_path(entry["image"])))
         ]
     if problems:
         more = len(problems) - _MOST_PROBLEMS

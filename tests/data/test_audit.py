@@ -250,6 +250,7 @@ def test_a_patient_on_both_sides(data: DataSet) -> None:
         ("patient", "v.nii.gz", "of one patient with a (training)"),
         ("patient", "t.nii.gz", "of one patient with u (unlabeled)"),
     ]
+    assert [finding.severity for finding in report.findings] == ["error", "warning"], "the second is transductive"
     assert "p1" not in repr(report.findings), "who the patient is stays in the datalist"
     data.content["validation"][0]["patient"] = "p4"
     data.content["testing"][0]["patient"] = "p4"

@@ -272,6 +272,9 @@ def test_patients_and_images_stay_on_one_side(case, tmp_path):
 def test_testing_is_compared_though_its_files_may_be_elsewhere(case):
     absent = {"image": "absent.nii.gz"}
     check_cases([{**case, "patient": 7}], testing=[{**absent, "patient": 8}])
+    check_cases(
+        [{"image": case["image"]}], testing=[{"image": case["image"], "label": "absent.nii.gz"}]
+    )  # transductive
     with pytest.raises(BadInput, match="image and absent are of one patient, and in training and in testing"):
         check_cases([{**case, "patient": 7}], testing=[{**absent, "patient": 7}])
 

@@ -195,8 +195,7 @@ def predict_volumes(folder: Path, output: Path) -> Iterator[tuple[Path, str, str
             yield path, "wrong" if written.exists() else "refused", message
             continue
         source, found = nibabel.load(path), nibabel.load(written)
-        fine = found.shape == (*source.shape[:3], 1)[:3] or found.shape == source.shape[:3]
-        fine = fine and np.allclose(found.affine, source.affine, rtol=1e-4, atol=1e-4)
+        fine = found.shape == source.shape[:3] and np.allclose(found.affine, source.affine, rtol=1e-4, atol=1e-4)
         fine = fine and set(np.unique(found.dataobj)) <= {0, 1}
         yield path, "right" if fine else "wrong", "" if fine else f"{found.shape} {source.shape}: {found.affine}"
 

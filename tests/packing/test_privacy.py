@@ -141,7 +141,7 @@ def test_identifiers_of_a_datalist() -> None:
             {"image": "liver.nii.gz", "patient": "Hans Mueller"},
         ],
     }
-    assert identifiers(content) == {"bulla7", "K2093", "007", "7", "c_0000", "12345", "liver", "Hans Mueller"}
+    assert identifiers(content) == {"bulla7", "K2093", "007", "7", "c", "12345", "liver", "Hans Mueller"}
 
 
 def test_names_are_words() -> None:

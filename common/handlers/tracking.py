@@ -40,6 +40,7 @@ _LIMIT = 500  # characters of a parameter that every MLflow store takes
 _KEY_LIMIT = 250  # characters of its name
 _BATCH = 100  # parameters that a store takes at a time
 RUN_FILE = "run.json"
+_PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SQLITE = "sqlite:///"
 
 
@@ -240,8 +241,9 @@ class Tracking(_Run):
 
     def _begin_record(self, engine: Engine) -> None:
         """Write what is known of the run before it; of one that is resumed, add what has changed since it began."""
-        made_with = environment(engine.state.device, idist.get_world_size())
-        precision = getattr(engine, "precision", None)
+        device = getattr(engine.state, "device", "cpu")
+        made_with = environment(device, idist.get_world_size())
+        precision: Any = getattr(engine, "precision", None)
         earlier = self._earlier_record() if engine.state.epoch > 0 else {}
         self.record = {
             "stage": self.stage,
@@ -250,8 +252,8 @@ class Tracking(_Run):
             # A packed bundle's code lies in the bundle, not where the project is installed.
             "bundle_folder": str(ROOT.parent) if __package__.startswith("scripts.") else None,
             "seed": getattr(engine, "seed", None),
-            "device": str(engine.state.device),
-            "amp": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(precision, "false"),
+            "device": str(device),
+            "amp": _PRECISIONS.get(precision, "false"),
             "made_with": made_with,
             "config": self.config,
             "parents": {
@@ -293,7 +295,7 @@ class Tracking(_Run):
 
     def _add_digests(self, wait: bool) -> None:
         """Put the digests of the data into the record, once they are known."""
-        data = self.digests and self.digests.result(wait)
+        data = self.digests.result(wait) if self.digests else None
         if data is None:
             return
         self.digests = None

@@ -96,8 +96,9 @@ def different(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = {None: "none", True: "yes", False: "no"}.get(value) if value is None or isinstance(value, bool) else None
-    return text or str(value)[:_SHOWN]
+    if value is None:
+        return "none"
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)[:_SHOWN]
 
 
 def _version(name: str) -> str | None:
@@ -150,11 +151,11 @@ def data_digests(datalist: str | os.PathLike[str], cases: Sequence[Mapping[str, 
         "datalist": str(path) if known else None,
         "sha256": file_digest(path) if known else None,
         "folder": str(folder) if folder else None,
-        "files": digests_below(folder, [Path(os.path.relpath(file, folder)).as_posix() for file in files]),
+        "files": digests_below(folder or Path(), [Path(os.path.relpath(file, folder)).as_posix() for file in files]),
     }
 
 
-def digests_below(folder: Path | None, names: Iterable[str]) -> dict[str, str | None]:
+def digests_below(folder: Path, names: Iterable[str]) -> dict[str, str | None]:
     """SHA-256 by the names of files, relative to a folder; None for one that is not there or can't be read."""
     names = list(names)
     with ThreadPoolExecutor(_READERS) as pool:

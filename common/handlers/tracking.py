@@ -42,6 +42,7 @@ _LIMIT = 500  # characters of a parameter that every MLflow store takes
 _KEY_LIMIT = 250  # characters of its name
 _BATCH = 100  # parameters that a store takes at a time
 RUN_FILE = "run.json"
+_PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _SQLITE = "sqlite:///"
 
 
@@ -267,9 +268,9 @@ class Tracking(_Run):
 
     def _begin_record(self, engine: Engine) -> None:
         """Write what is known of the run before it; of one that is resumed, add what has changed since it began."""
-        state: Any = engine.state  # to which MONAI adds the device
-        made_with = environment(state.device, idist.get_world_size())
-        precisions: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        device = getattr(engine.state, "device", "cpu")
+        made_with = environment(device, idist.get_world_size())
+        precision: Any = getattr(engine, "precision", None)
         earlier = self._earlier_record() if engine.state.epoch > 0 else {}
         self.record = {
             "stage": self.stage,
@@ -278,8 +279,8 @@ class Tracking(_Run):
             # A packed bundle's code lies in the bundle, not where the project is installed.
             "bundle_folder": str(ROOT.parent) if __package__.startswith("scripts.") else None,
             "seed": getattr(engine, "seed", None),
-            "device": str(state.device),
-            "amp": precisions.get(getattr(engine, "precision", None), "false"),
+            "device": str(device),
+            "amp": _PRECISIONS.get(precision, "false"),
             "made_with": made_with,
             "config": self.config,
             "parents": {

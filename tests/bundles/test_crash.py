@@ -57,7 +57,7 @@ class Runs:
             folder / "teachers", own["labels"], patch_size=PLAN["patch_size"], **settings
         )
 
-    def train(self, name: str, folder: Path, resume: bool = False, changed: Any = (), **kill: Any) -> Ended:
+    def train(self, name: str, folder: Path, resume: bool = False, changed: Any = (), **special: Any) -> Ended:
         """Train a bundle or a recipe of the student in a folder."""
         bundle = name if name in BUNDLES else "student"
         files = [config(bundle, "train.json"), *(recipe_files(name) if name not in BUNDLES else []), str(self.plan)]
@@ -67,7 +67,7 @@ class Runs:
             settings["student_path" if bundle == "dual_decoder" else "teacher_path"] = str(self.folder / "before.pt")
         if name in ("ms_kd", "co_training"):
             settings |= {"teacher_path": None, "teacher_paths": self.teachers}
-        return self.trainings.run(files, settings, **kill)
+        return self.trainings.run(files, settings, **{"draw": False, **special})
 
     def uninterrupted(self, name: str) -> tuple[Path, float]:
         """The folder of the run that nothing has stopped, and how many seconds it took."""
@@ -144,15 +144,16 @@ def test_killed_at_random_and_resumed(name: str, runs: Runs) -> None:
     """Twice each, at moments drawn evenly from the time that the whole run takes, before its first step too."""
     generator = np.random.default_rng([SEED, zlib.crc32(name.encode())])
     _, seconds = runs.uninterrupted(name)
-    share = generator.uniform(0.1, 0.95)
+    share, draw = generator.uniform(0.1, 0.95), name in BUNDLES
     # Of the bundles themselves the database is made within that time, too.
-    while not runs.train(name, folder := runs.begin(name, name not in BUNDLES), after=share * seconds).killed:
+    while not runs.train(name, folder := runs.begin(name, not draw), draw=draw, after=share * seconds).killed:
         share *= 0.7  # this one was faster than the whole one
     runs.check_what_is_left(name, folder)
     # With loading processes it is the training alone that is killed, as by a system that runs out of memory.
-    runs.train(name, folder, resume=True, after=generator.uniform(0.2, 0.95) * seconds, alone=name == "student")
+    again = generator.uniform(0.2, 0.95) * seconds
+    runs.train(name, folder, resume=True, draw=draw, after=again, alone=name == "student")
     runs.check_what_is_left(name, folder)
-    ended = runs.train(name, folder, resume=True)
+    ended = runs.train(name, folder, resume=True, draw=draw)
     assert ended.code == 0, ended.log[-3000:]
     runs.check_end(name, folder)
 

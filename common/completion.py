@@ -31,7 +31,9 @@ from monai.transforms import Activationsd, Compose, Invertd
 from torch import nn
 from tqdm import tqdm
 
-from .data.datalist import SECTIONS, case_name, check_cases, check_output, load_section, read_datalist, read_grid
+from .data.checks import check_cases, check_output
+from .data.datalist import SECTIONS, case_name, load_section, read_datalist
+from .data.grids import read_grid
 from .data.streams import process_share
 from .data.thickness import seen_from
 from .engines.organ_teachers import read_organ_teacher, teachers_in_order

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from .data.datalist import VOLUME_SUFFIXES, read_datalist
+from .data.datalist import read_datalist
 from .data.descriptions import NOT_TARGETS
+from .data.grids import VOLUME_SUFFIXES
 from .data.phantom import generate_phantoms
 from .errors import BadInput
 from .report import write_report

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.datalist import read_grid
+from .data.grids import read_grid
 from .engines.origin import trained_settings
 from .errors import BadInput
 from .files import write_atomically

@@ -19,18 +19,10 @@ import torch
 from ..errors import BadInput
 from ..targets import is_dense
 from ..transforms.loading import case_loader, check_label, check_values, read_image, read_map
-from .datalist import (
-    Grid,
-    annotated_problems,
-    case_name,
-    check_number,
-    describe_error,
-    dicom_patient,
-    grid_difference,
-    patient_key,
-    read_grid,
-)
+from .checks import annotated_problems, check_number, patient_key
+from .datalist import case_name
 from .descriptions import is_ct
+from .grids import Grid, describe_error, dicom_patient, grid_difference, read_grid
 from .units import hounsfield_doubt, map_doubts
 
 __all__ = ["AuditedCase", "Finding", "Task", "audit_case", "voxel_digests"]

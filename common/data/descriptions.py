@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import BadInput
 from ..targets import check_targets
-from .datalist import VOLUME_SUFFIXES
+from .grids import VOLUME_SUFFIXES
 
 __all__ = ["NOT_TARGETS", "described_targets", "is_ct", "label_names", "modalities"]
 

@@ -25,7 +25,8 @@ from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import check_targets
 from ..transforms.loading import image_loader
-from .datalist import CHANNEL, SECTIONS, case_name, dicom_patient
+from .datalist import CHANNEL, SECTIONS, case_name
+from .grids import dicom_patient
 from .inputs import find_cases
 
 __all__ = ["add_arguments", "group_channels", "main", "make_datalist", "patient_of", "read_label_ids"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .datalist import PICTURE, VOLUME_SUFFIXES, case_name, is_picture, load_section
+from .datalist import case_name, load_section
+from .grids import PICTURE, VOLUME_SUFFIXES, is_picture
 
 __all__ = ["find_cases"]
 

@@ -19,7 +19,8 @@ from ..errors import BadInput
 from ..files import write_nifti
 from ..targets import is_dense, structure_ids
 from ..transforms.loading import image_loader
-from .datalist import case_name, describe_error, load_section, read_grid
+from .datalist import case_name, load_section
+from .grids import describe_error, read_grid
 from .inputs import find_cases
 from .thickness import wall_thickness
 

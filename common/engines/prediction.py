@@ -13,7 +13,8 @@ from monai.engines import Evaluator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.datalist import case_name, describe_error
+from ..data.datalist import case_name
+from ..data.grids import describe_error
 from ..errors import BadInput, explain, root_cause
 
 __all__ = ["leave_in_place", "predict"]

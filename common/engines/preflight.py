@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from monai.utils import set_determinism
 
-from ..data.datalist import check_cases, check_labels, check_output, load_section, read_datalist
+from ..data.checks import check_cases, check_labels, check_output
+from ..data.datalist import load_section, read_datalist
 from ..errors import BadInput, report_plainly
 from ..targets import check_targets
 from .allocator import keep_pages

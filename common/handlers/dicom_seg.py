@@ -13,7 +13,8 @@ import torch
 from ignite.engine import Engine, Events
 
 from .. import __version__
-from ..data.datalist import case_name, describe_error, dicom_files
+from ..data.datalist import case_name
+from ..data.grids import describe_error, dicom_files
 from ..errors import BadInput
 from ..files import write_atomically
 from .cases import array, case_file, case_meta, cases_of, is_main

@@ -12,8 +12,9 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
-from ..data.datalist import SECTIONS, case_name, load_section, read_grid
+from ..data.datalist import SECTIONS, case_name, load_section
 from ..data.descriptions import described_targets, is_ct, label_names, modalities
+from ..data.grids import read_grid
 from ..data.units import map_doubts, number_doubt
 from ..errors import BadInput
 from ..targets import dense_names, is_dense, structure_ids

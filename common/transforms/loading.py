@@ -15,15 +15,8 @@ from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 
-from ..data.datalist import (
-    Grid,
-    case_name,
-    check_right_angles,
-    describe_error,
-    grid_difference,
-    is_nifti,
-    read_grid,
-)
+from ..data.datalist import case_name
+from ..data.grids import Grid, check_right_angles, describe_error, grid_difference, is_nifti, read_grid
 from ..errors import BadInput
 from ..targets import dense_names, is_dense
 

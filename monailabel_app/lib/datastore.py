@@ -14,7 +14,7 @@ from fastapi import HTTPException
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from common.data.datalist import grid_difference, is_nifti, read_grid
+from common.data.grids import grid_difference, is_nifti, read_grid
 from common.errors import BadInput
 from common.transforms import LoadCased
 

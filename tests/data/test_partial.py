@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common.data import organ_cases, unknown_as_background
-from common.data.datalist import check_cases
+from common.data.checks import check_cases
 from common.data.partial import organ_id
 from common.errors import BadInput
 

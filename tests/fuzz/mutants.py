@@ -34,7 +34,9 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
-from common.data.datalist import SECTIONS, check_cases, check_labels, load_section, read_datalist, read_grid
+from common.data.checks import check_cases, check_labels
+from common.data.datalist import SECTIONS, load_section, read_datalist
+from common.data.grids import read_grid
 from common.data.inputs import find_cases
 from common.engines.origin import start_from
 from common.engines.prediction import predict

@@ -9,7 +9,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.data.datalist import read_grid
+from common.data.grids import read_grid
 from common.errors import BadInput, find_bad_input
 from common.transforms import LoadCased, preprocessing
 

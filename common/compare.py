@@ -12,7 +12,6 @@ OUTPUT then holds ``compare.md``, ``compare.json`` and ``compare.png``, which :m
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from .comparison import Comparison
 from .data.datalist import load_section, read_datalist
 from .errors import BadInput
 from .files import write_atomically
+from .provenance import file_digest
 from .study import ROOT, Study
 
 __all__ = ["Recipe", "add_arguments", "check_earlier", "choose_recipes", "describe", "main", "read_recipes"]
@@ -232,7 +232,7 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return file_digest(path)[:16]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,6 +41,7 @@ from .errors import BadInput
 from .files import write_atomically, write_nifti
 from .inferers import SlidingWindow
 from .networks import read_weights, state_digest
+from .provenance import file_digest
 from .transforms import LoadCased, SplitOutputd, preprocessing
 
 __all__ = ["add_arguments", "complete", "completed_cases", "main", "merge_predictions"]
@@ -215,7 +216,7 @@ def _origins(
     """What completed labels are made of: teachers, names by id, and of each case its label and what that speaks of."""
     own = {
         case_name(case): {
-            "label": hashlib.sha256(Path(case["label"]).read_bytes()).hexdigest(),
+            "label": file_digest(case["label"]),
             "annotated": case.get("annotated"),
         }
         for case in cases

@@ -166,8 +166,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print or run what repeats a training; the exit code is 1 where the data or the weights differ."""
     path, record = read_run(options.run)
-    if (options.output / RUN_FILE).exists():
-        raise BadInput(f"--output {options.output}: a run is there already; choose a new folder.")
+    config = options.output / "config.json"  # there when the command was only printed before
+    content = json.dumps(record["config"], indent=2)
+    there = [item for item in options.output.iterdir() if item != config] if options.output.exists() else []
+    if there or (config.exists() and config.read_text() != content):
+        raise BadInput(f"--output {options.output}: something is there already; choose a new folder.")
     weights = _weights(options.weights, record["parents"])
     parents = {
         role: {**parent, "path": str(weights.get(role, parent["path"]))} for role, parent in record["parents"].items()
@@ -194,7 +197,7 @@ def main(options: argparse.Namespace) -> int:
         count = len(record["data"]["files"])
         print(f"data: {count} files as in the record" + "".join(f"; weights of {role}, too" for role in parents))
 
-    write_atomically(options.output / "config.json", json.dumps(record["config"], indent=2))
+    write_atomically(config, content)
     command, variables, folder = command_line(record, options.output, options.datalist, weights)
     go = f"cd {shlex.quote(str(folder))} && " if folder.resolve() != Path.cwd().resolve() else ""
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in variables.items())

@@ -16,7 +16,7 @@ KINDS = ("dense", "sum", "mean")
 # in <case>.json.
 TAKEN: tuple[str, ...]
 TAKEN = ("image", "label", "annotated", "patient", "completed", "seg", "segmentation", "overview", "volumes", "areas")
-TAKEN += ("pred", "reference", "result", "warnings", "entropy")
+TAKEN += ("pred", "reference", "result", "warnings", "not_compared", "entropy")
 
 
 def check_targets(targets: Any, labels: Mapping[str, str] | None = None, source: str = "targets") -> None:

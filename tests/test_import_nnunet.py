@@ -18,10 +18,9 @@ from nibabel.orientations import axcodes2ornt, ornt_transform
 from torch import Tensor
 
 from common.__main__ import main
-from common.engines.origin import read_record
 from common.errors import BadInput
 from common.import_nnunet import import_nnunet
-from common.networks import SegmentationNetwork, hand_over
+from common.networks import SegmentationNetwork, hand_over, read_record
 from common.transforms import preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -111,7 +111,7 @@ def test_a_repetition_has_the_same_weights(reproduce: Reproduce, tmp_path: Path,
     assert digests[0] == digests[1]
     code, said = reproduce()
     assert code == 1
-    assert "a run is there already" in said
+    assert "something is there already" in said
 
 
 def test_the_command_is_printed(reproduce: Reproduce, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from .checks import annotated_problems, check_number, patient_key
 from .datalist import case_name
 from .descriptions import is_ct
 from .grids import Grid, describe_error, dicom_patient, grid_difference, read_grid
-from .units import hounsfield_doubt, map_doubts
+from .units import CLEAR_AIR, hounsfield_doubt, map_doubts
 
 __all__ = ["AuditedCase", "Finding", "Task", "audit_case", "voxel_digests"]
 
@@ -232,10 +232,14 @@ class _Audit:
             which = f"channel {channel}: " if several else ""
             if low == high:
                 self.say("constant", "warning", f"{which}every voxel is {low:g}")
-            elif any(map(is_ct, self.task.modalities[channel : channel + 1])) and (
-                doubt := hounsfield_doubt(low, high)
-            ):
-                self.say("units", doubt[0], which + doubt[1])
+                continue
+            named = self.task.modalities[channel] if channel < len(self.task.modalities) else ""
+            if is_ct(named):
+                if doubt := hounsfield_doubt(low, high):
+                    self.say("units", doubt[0], which + doubt[1])
+            elif named and low <= CLEAR_AIR and high > 0:
+                words = f"{which}{low:g} to {high:g} look like Hounsfield units, though `modality` says {named}"
+                self.say("units", "warning", words)
 
     def same_grid(self, key: str, path: str) -> None:
         grid = read_grid(path)

@@ -264,7 +264,7 @@ def _draw(patients: Sequence[str], share: float, seed: int) -> set[str]:
         return set()
     if len(patients) < 2:
         raise BadInput(
-            f"--validation {share}: there is one patient with labels ({patients[0]}), and no patient may be in both "
+            f"--validation {share}: the labelled cases are of one patient, and no patient may be in both "
             "training and validation. Give --validation 0, or --patient when the names tell more patients."
         )
     count = min(max(round(share * len(patients)), 1), len(patients) - 1)

@@ -11,11 +11,12 @@ from scipy import ndimage
 
 from ..targets import structure_ids
 
-__all__ = ["AIR", "LENGTHS", "hounsfield_doubt", "map_doubts", "number_doubt"]
+__all__ = ["AIR", "CLEAR_AIR", "LENGTHS", "hounsfield_doubt", "map_doubts", "number_doubt"]
 
 LENGTHS = {"m": 1000.0, "cm": 10.0, "mm": 1.0, "um": 0.001, "µm": 0.001}  # mm
 _AREAS = {"cm2": 100.0, "mm2": 1.0}  # mm2
 _VOLUMES = {"L": 1e6, "l": 1e6, "dL": 1e5, "mL": 1e3, "ml": 1e3, "cm3": 1e3, "cc": 1e3, "uL": 1.0, "mm3": 1.0}  # mm3
+CLEAR_AIR = -900.0  # HU; other scales seldom begin so low
 AIR = -200.0  # HU; a CT shows air, of -1000 Hounsfield units, nearly always
 _FLAT = 50.0  # HU; fat and muscle alone are further apart
 _ROUNDING = 1.001

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..networks import load_frozen
+from ..networks import load_frozen, read_record
 from .configuration import running_config
-from .origin import differences, read_record, trained_settings
+from .origin import differences, trained_settings
 
 __all__ = ["load_organ_teachers", "read_organ_teacher", "teachers_in_order"]
 

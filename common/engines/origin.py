@@ -7,7 +7,6 @@ and whoever loads the weights compares.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import BadInput
-from ..networks import hand_over, load_frozen, read_weights, state_digest
+from ..networks import hand_over, load_frozen, read_record
 from .configuration import running_config
 
 __all__ = [
     "differences",
     "load_teacher",
     "load_weights",
-    "read_record",
     "selected_on",
     "start_from",
     "trained_settings",
@@ -34,21 +32,6 @@ DATA = ("labels", "organ", "channels", "spacing", "orientation", "intensity", "s
 TRAINING_ONLY = ("dropout", "deep_supervision")
 # A target's other keys say how its maps were made or are compared.
 TARGET = ("name", "unit", "kind", "structure", "scale", "head_scale")
-
-
-def read_record(model_path: str | Path) -> dict[str, Any]:
-    """The record ``model.json`` beside some weights; empty when there is none, or when it is about other weights.
-
-    Raises:
-        BadInput: the weights can't be read.
-    """
-    digest = state_digest(read_weights(model_path))
-    try:
-        record = json.loads(Path(model_path).with_suffix(".json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = isinstance(record, dict) and record.get("weights") == digest
-    return record if known and isinstance(record.get("config", {}), dict) else {}
 
 
 def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,6 +91,8 @@ class Checkpoint:
             return
         try:
             saved = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            epochs, scaler = saved["max_epochs"], saved["scaler"]
+            done, self.best = (saved["epoch"], saved["iteration"]), saved["best"]
             for name, item in self.trainer_state.items():
                 item.load_state_dict(saved["state"][name])
         except Exception as error:
@@ -98,17 +100,16 @@ class Checkpoint:
                 f"{self.checkpoint_path}: can't resume from it ({type(error).__name__}: {str(error)[:300]}). It may "
                 "belong to a run with another configuration; use another output_dir, or --resume false to start over."
             ) from error
-        if saved["max_epochs"] != engine.state.max_epochs:
+        if epochs != engine.state.max_epochs:
             raise BadInput(
-                f"{self.checkpoint_path}: this run was begun for {saved['max_epochs']} epochs, at the end of which its "
-                f"learning rate is 0; found max_epochs {engine.state.max_epochs}. Resume with "
-                f"--train#trainer#max_epochs {saved['max_epochs']}, or begin a run in another output_dir."
+                f"{self.checkpoint_path}: this run was begun for {epochs} epochs, at the end of which its learning "
+                f"rate is 0; found max_epochs {engine.state.max_epochs}. Resume with --train#trainer#max_epochs "
+                f"{epochs}, or begin a run in another output_dir."
             )
-        engine.state.epoch, engine.state.iteration = saved["epoch"], saved["iteration"]
-        if saved["scaler"]:  # empty when that part of the run needed no scaling, as with bf16
-            engine.scaler.load_state_dict(saved["scaler"])
-        self.best = saved["best"]
-        logger.info("Resumed from %s after epoch %d", self.checkpoint_path, saved["epoch"])
+        engine.state.epoch, engine.state.iteration = done
+        if scaler:  # empty when that part of the run needed no scaling, as with bf16
+            engine.scaler.load_state_dict(scaler)
+        logger.info("Resumed from %s after epoch %d", self.checkpoint_path, engine.state.epoch)
 
     def _save(self, engine: SemiSupervisedTrainer) -> None:
         check_finite(self.network.state_dict(), str(self.checkpoint_path))

@@ -28,10 +28,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from .. import __version__
 from ..engines.configuration import running_config
-from ..engines.origin import read_record, trained_settings
+from ..engines.origin import trained_settings
 from ..errors import BadInput
 from ..files import temporary_name, write_atomically
-from ..networks import read_weights, state_digest
+from ..networks import read_record, read_weights, state_digest
 from ..provenance import ROOT, DataDigests, different, environment
 from .cases import cases_of, mean_and_spread, number
 
@@ -239,6 +239,7 @@ class Tracking(_Run):
             network: Any = getattr(evaluator, "network")  # noqa: B009 (of every evaluator, though not declared)
             network = getattr(network, "module", network)  # without what distributes it
             self.validated[state_digest(network.state_dict())] = mean_and_spread(self.entropies)
+            self._write_record()  # at once: a run that is resumed does not validate these weights again
 
     def _interrupted(self, engine: Engine) -> Run | None:
         if engine.state.epoch == 0:
@@ -290,10 +291,12 @@ class Tracking(_Run):
             "data": None,
             "resumed": [],
             "weights": None,
+            "validated": {},
             **earlier,
             "run_id": self.cur_run.info.run_id,
             "tracking_uri": self.uri,
         }
+        self.validated = self.record["validated"]
         if earlier:
             configs = {**earlier["config"], "resume": self.config.get("resume")}, self.config
             before, now = (dict(_leaves(config, config)) for config in configs)
@@ -358,16 +361,18 @@ class Tracking(_Run):
     def complete(self, engine: Engine) -> None:
         """Log the weights' digest and the pictures, and write the record beside the weights."""
         run_id = self.cur_run.info.run_id
-        self._add_digests(wait=True)
         digest = weights_digest(self.model_path)
         self.client.set_tag(run_id, "weights", digest)
-        self.record["weights"] = digest
-        self._write_record()
         record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.uri, "weights": digest}
         entropy = self.validated.get(digest)
         record.update({"entropy": entropy} if entropy and entropy["n"] > 1 else {})
         text = json.dumps({**record, "config": trained_settings(self.config), "parents": self.parents}, indent=2)
         write_atomically(self.model_path.with_suffix(".json"), text)
+        self.record["weights"] = digest
+        self._write_record()
+        if self.digests and self.digests.result(wait=False) is None:
+            logger.info("Waiting for the digests of the data, for the record; the weights are written")
+        self._add_digests(wait=True)
         for path in sorted(self.output_dir.glob("*.png")):
             self.client.log_artifact(run_id, str(path), "pictures")
         self.client.set_terminated(run_id, self.run_finish_status)

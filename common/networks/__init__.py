@@ -6,7 +6,7 @@ from .attention import AnatomyCrossAttention, soft_edges, to_grid
 from .dual_decoder import DualDecoderNetwork, RegressionDecoder, RegressionNetwork
 from .reductions import reduce_to_case
 from .unet import Decoder, Encoder, SegmentationNetwork
-from .weights import check_finite, hand_over, load_frozen, read_weights, save_weights, state_digest
+from .weights import check_finite, hand_over, load_frozen, read_record, read_weights, save_weights, state_digest
 
 __all__ = [
     "AnatomyCrossAttention",
@@ -19,6 +19,7 @@ __all__ = [
     "check_finite",
     "hand_over",
     "load_frozen",
+    "read_record",
     "read_weights",
     "reduce_to_case",
     "save_weights",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..files import write_atomically
 
-__all__ = ["check_finite", "hand_over", "load_frozen", "read_weights", "save_weights", "state_digest"]
+__all__ = ["check_finite", "hand_over", "load_frozen", "read_record", "read_weights", "save_weights", "state_digest"]
 
 SHOWN = 10
 
@@ -99,6 +101,21 @@ def _listing(title: str, entries: Sequence[str]) -> str:
 
 def _belongs(name: str, parts: Sequence[str] | None) -> bool:
     return parts is None or any(name.startswith(f"{part}.") for part in parts)
+
+
+def read_record(model_path: str | Path) -> dict[str, Any]:
+    """The record ``model.json`` beside some weights; empty when there is none, or when it is about other weights.
+
+    Raises:
+        BadInput: the weights can't be read.
+    """
+    digest = state_digest(read_weights(model_path))
+    try:
+        record = json.loads(Path(model_path).with_suffix(".json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = isinstance(record, dict) and record.get("weights") == digest
+    return record if known and isinstance(record.get("config", {}), dict) else {}
 
 
 def hand_over(

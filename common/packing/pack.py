@@ -21,10 +21,10 @@ from monai.bundle import ConfigParser
 
 from .. import bundle_root
 from ..data.datalist import read_datalist
-from ..engines.origin import differences, read_record, trained_settings
+from ..engines.origin import differences, trained_settings
 from ..errors import BadInput, explain
 from ..files import write_atomically
-from ..networks import hand_over, read_weights, save_weights, state_digest
+from ..networks import hand_over, read_record, read_weights, save_weights, state_digest
 from .archive import CHECKSUMS, archive_bytes, checksum_list
 from .configs import carried, merge_configs, read_json
 from .inspection import value_faults

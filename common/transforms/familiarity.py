@@ -24,6 +24,7 @@ from monai.utils import convert_to_tensor
 
 from ..data.datalist import case_name
 from ..errors import BadInput
+from ..networks import read_record
 
 __all__ = ["CaseWarningsd", "MeasureImaged", "familiar_ranges", "measure_image"]
 
@@ -31,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 GRID_FACTOR = 1.5  # beyond the smallest and largest voxel and field of view of the training
 CT_SHARE = 0.25  # of the width of the training's intensities, where these have a fixed unit
-WIDTH_FACTOR = 3.0  # beyond the narrowest and widest intensities of the training, where they have none
+MIDDLE_MARGIN = 0.15  # of the way between the outer percentiles, beyond where the training's medians lie
 DEVIATIONS = 3.0  # of the validation cases' entropies above their mean
 FEWEST_CASES = 5  # by which a mean and a standard deviation are known
-PERCENTILES = (1, 99)
+PERCENTILES = (1, 50, 99)
 SAMPLES = 200_000
 AXES = ("left-right", "front-back", "head-foot")
 SIDES = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "foot"}
@@ -45,8 +46,8 @@ def measure_image(image: MetaTensor) -> dict[str, torch.Tensor]:
     """What an image (C, *spatial) is like, before anything is done to it.
 
     Returns:
-        ``spacing``, mm, and ``extent``, mm, one number an axis, left-right first; ``intensity`` (C, 2), the 1st and
-        99th percentile of each channel's voxels that aren't 0, of a sample of them where there are many.
+        ``spacing``, mm, and ``extent``, mm, one number an axis, left-right first; ``intensity`` (C, 3), the 1st, 50th
+        and 99th percentile of each channel's voxels that aren't 0, of a sample of them where there are many.
     """
     rank = image.ndim - 1
     affine = to_affine_nd(rank, image.affine.cpu().numpy())
@@ -76,7 +77,7 @@ def familiar_ranges(measured: list[dict[str, torch.Tensor]], ct: list[bool]) -> 
 
     Returns:
         ``cases``, their number; ``spacing`` and ``extent``, a pair an axis; ``intensity``, of each channel its ``kind``
-        and pairs ``low`` and ``high`` (the two percentiles) and ``width`` (between them).
+        and pairs ``low`` and ``high`` (the outer percentiles) and ``middle`` (see :func:`_middle`).
     """
 
     def pair(values: np.ndarray) -> list[float]:
@@ -88,10 +89,20 @@ def familiar_ranges(measured: list[dict[str, torch.Tensor]], ct: list[bool]) -> 
         "spacing": [pair(axis) for axis in spacing.T],
         "extent": [pair(axis) for axis in extent.T],
         "intensity": [
-            {"kind": "ct" if fixed else "zscore", "low": pair(low), "high": pair(high), "width": pair(high - low)}
-            for fixed, (low, high) in zip(ct, intensity.transpose(1, 2, 0), strict=True)
+            {
+                "kind": "ct" if fixed else "zscore",
+                "low": pair(low),
+                "high": pair(high),
+                "middle": pair(np.array([*map(_middle, low, median, high)])),
+            }
+            for fixed, (low, median, high) in zip(ct, intensity.transpose(1, 2, 0), strict=True)
         ],
     }
+
+
+def _middle(low: float, median: float, high: float) -> float:
+    """How far from ``low`` to ``high`` the median lies, 0 to 1: what scale and offset of a scanner don't change."""
+    return (median - low) / (high - low) if high > low else 0.5
 
 
 class MeasureImaged(MapTransform):
@@ -108,9 +119,6 @@ class MeasureImaged(MapTransform):
 
 @lru_cache(maxsize=8)
 def _read_entropy(source: Path, _changed: tuple[int, ...]) -> tuple[float, float, int] | None:
-    # Imported late: configs are read without networks, too.
-    from ..engines.origin import read_record
-
     if source.suffix != ".json":
         record = read_record(source)
     else:
@@ -154,13 +162,16 @@ def _listed(values: torch.Tensor, ranges: list[list[float]], factor: float) -> I
 class CaseWarningsd(MapTransform):
     """Add ``warnings`` to a case's ``result``, and say them in the log: a list of ``{"kind": ..., "text": ...}``.
 
+    Beside it ``not_compared`` lists the kinds that can't be warned of, since nothing is known to compare with.
+
     The kinds, of which the first two name their ``structure`` where it is one:
 
     - ``nothing_found``: a structure has no voxel, or none has any;
     - ``border``: a structure has voxels in the volume's outermost layer, along any axis of more than one voxel;
     - ``spacing``, ``field_of_view``: beyond the training cases' smallest or largest by a factor of 1.5, on any axis;
-    - ``intensity``: of CT, one of the two percentiles is beyond the training's range of it by a quarter of the width
-      of all; of others, whose units mean nothing, the width between the two is beyond the training's by a factor of 3;
+    - ``intensity``: of CT, one of the outer percentiles is beyond the training's range of it by a quarter of the width
+      of all; of others, whose scale and offset mean nothing, the median lies elsewhere between the two than in the
+      training, by 0.15 of the way;
     - ``entropy``: of the voxels that aren't predicted background, the mean is above that of the validation cases by
       three of their standard deviations; with five cases at least.
 
@@ -199,8 +210,16 @@ class CaseWarningsd(MapTransform):
         found += self._of_entropy(d.get("entropy"))
         for warning in found:
             logger.warning("%s: %s", case_name(meta), warning["text"])
-        d[self.result_key] = {**d.get(self.result_key, {}), "warnings": found}
+        d[self.result_key] = {**d.get(self.result_key, {}), "warnings": found, "not_compared": self._not_compared(d)}
         return d
+
+    def _not_compared(self, case: Mapping[Hashable, Any]) -> list[str]:
+        """The kinds that nothing was there to compare with: no warning of them means nothing."""
+        known = {"spacing": "spacing", "field_of_view": "extent", "intensity": "intensity"}
+        measured = "measured_spacing" in case["image"].meta
+        kinds = [kind for kind, key in known.items() if not (measured and self.familiar.get(key))]
+        expected = None if self.entropy_from is None else expected_entropy(self.entropy_from)
+        return kinds if expected is not None and case.get("entropy") is not None else [*kinds, "entropy"]
 
     def _of_segmentation(self, segmentation: torch.Tensor) -> Iterator[dict[str, str]]:
         labels: torch.Tensor = convert_to_tensor(segmentation[0], track_meta=False)
@@ -232,22 +251,23 @@ class CaseWarningsd(MapTransform):
         if found := list(_listed(extent, self.familiar.get("extent", []), GRID_FACTOR)):
             yield {"kind": "field_of_view", "text": f"unfamiliar field of view: {', '.join(found)}; {cases}"}
         channels = self.familiar.get("intensity", [])
-        for index, (known, (low, high)) in enumerate(zip(channels, intensity.tolist(), strict=False)):
+        for index, (known, (low, median, high)) in enumerate(zip(channels, intensity.tolist(), strict=False)):
             edges = [*known["low"], *known["high"]]
             if known["kind"] == "ct":
                 margin = CT_SHARE * (edges[3] - edges[0])
                 unlike = not (
                     edges[0] - margin <= low <= edges[1] + margin and edges[2] - margin <= high <= edges[3] + margin
                 )
+                text = f"{low:.4g} to {high:.4g} (1st and 99th percentile), the training"
+                ranges = "cases' begin at {:.4g} to {:.4g} and end at {:.4g} to {:.4g}".format(*edges)
             else:
-                narrowest, widest = known["width"]
-                unlike = not narrowest / WIDTH_FACTOR <= high - low <= widest * WIDTH_FACTOR
+                middle, (least, most) = _middle(low, median, high), known["middle"]
+                unlike = not least - MIDDLE_MARGIN <= middle <= most + MIDDLE_MARGIN
+                text = f"the median lies at {middle:.2f} of the way from the 1st to the 99th percentile, the training"
+                ranges = f"cases' at {least:.2f} to {most:.2f}"
             if unlike:
                 channel = f" of channel {index}" if len(channels) > 1 else ""
-                text = (
-                    f"unfamiliar intensities{channel}: {low:.4g} to {high:.4g} (1st and 99th percentile), the training"
-                )
-                ranges = "cases' begin at {:.4g} to {:.4g} and end at {:.4g} to {:.4g}".format(*edges)
+                text = f"unfamiliar intensities{channel}: {text}"
                 yield {"kind": "intensity", "text": f"{text} {ranges}"}
 
     def _of_entropy(self, entropy: float | None) -> Iterator[dict[str, str]]:

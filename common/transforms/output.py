@@ -270,7 +270,12 @@ class GeometricThicknessd(MapTransform):
         smallest_cavity: int = 1,
         segmentation_key: str = "segmentation",
     ) -> None:
+        # Imported when it is made, since that module imports this one; not on a call, when MONAI Label has unloaded
+        # the modules of a packed bundle.
+        from ..data.thickness import wall_thickness
+
         super().__init__(segmentation_key)
+        self.measure = wall_thickness
         self.target = target
         self.structure = structure
         self.inner = list(inner)
@@ -311,12 +316,9 @@ class GeometricThicknessd(MapTransform):
         return {"target": target["name"], "structure": structures[0], "inner": target["inner"], **options}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        # Imported late: only this comparison needs it.
-        from ..data.thickness import wall_thickness
-
         d = dict(data)
         segmentation = d[self.segmentation_key]
-        thickness = wall_thickness(
+        thickness = self.measure(
             _plain(segmentation)[0].cpu().numpy(),
             spacing=voxel_spacing(segmentation),
             wall=self.structure,

@@ -111,7 +111,9 @@ class Runs:
         histories = [json.loads((place / "train" / "history.json").read_text()) for place in (whole, folder)]
         assert histories[0] == histories[1]
         assert (folder / "train" / "curves.png").is_file()
-        assert json.loads((folder / "models" / "model.json").read_text())["weights"] == weights_digest(paths[0])
+        records = [json.loads((place / "models" / "model.json").read_text()) for place in (whole, folder)]
+        assert records[1]["weights"] == weights_digest(paths[0])
+        assert records[0].get("entropy") == records[1].get("entropy"), "by which inference knows an uncertain case"
         record = json.loads((folder / "train" / "run.json").read_text())
         assert not [resumed for resumed in record["resumed"] if resumed["changed"]]
         left = [path for path in folder.rglob(".*.tmp") if ".pt." in path.name]

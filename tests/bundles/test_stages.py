@@ -16,9 +16,9 @@ import torch
 from bundle_runs import BUNDLES, Chain, config, run
 from matplotlib.image import imread
 
-from common.engines.origin import read_record
 from common.errors import find_bad_input
 from common.handlers import read_lineage
+from common.networks import read_record
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

@@ -81,7 +81,7 @@ def test_plan_of_reoriented_images(tmp_path: Path) -> None:
     assert plan["familiar"]["spacing"] == [[1.5, 1.5], [1.0, 1.0], [6.0, 6.0]]
     assert plan["familiar"]["extent"] == [[60.0, 60.0], [48.0, 48.0], [60.0, 60.0]]
     assert plan["familiar"]["intensity"] == [
-        {"kind": "zscore", "low": [-1000, -1000], "high": [100, 100], "width": [1100, 1100]}
+        {"kind": "zscore", "low": [-1000, -1000], "high": [100, 100], "middle": [0, 0]}
     ]
     assert plan["intensity"] == {"kind": "zscore"}
     assert plan["batch_size"] == 2

@@ -22,9 +22,9 @@ FAMILIAR = {
     "cases": 8,
     "spacing": [[1.0, 1.0], [1.0, 2.0], [5.0, 10.0]],
     "extent": [[20.0, 30.0], [20.0, 30.0], [50.0, 100.0]],
-    "intensity": [{"kind": "ct", "low": [-1000.0, -900.0], "high": [200.0, 600.0], "width": [1150.0, 1580.0]}],
+    "intensity": [{"kind": "ct", "low": [-1000.0, -900.0], "high": [200.0, 600.0], "middle": [0.3, 0.7]}],
 }
-MR = {"kind": "zscore", "low": [10.0, 40.0], "high": [110.0, 340.0], "width": [100.0, 300.0]}
+MR = {"kind": "zscore", "low": [10.0, 40.0], "high": [110.0, 340.0], "middle": [0.3, 0.5]}
 
 
 def make_image(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
@@ -34,7 +34,7 @@ def make_image(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
 def make_case(
     spacing: tuple[float, ...] = (1, 1.5, 8),
     extent: tuple[float, ...] = (25, 25, 70),
-    intensity: tuple[float, float] = (-950, 400),
+    intensity: tuple[float, ...] = (-950, 0, 400),
     entropy: float = 0.1,
     empty: tuple[int, ...] = (),
     reach: tuple[slice, ...] = (slice(3, 5), slice(2, 4), slice(2, 4)),
@@ -61,7 +61,7 @@ def summary(tmp_path: Path) -> Path:
 
 def kinds(case: dict[str, Any], familiar: Any = FAMILIAR, **settings: Any) -> list[tuple[str, str | None]]:
     result = CaseWarningsd(LABELS, familiar, **settings)({**case, "result": {"volumes": {}}})["result"]
-    assert list(result) == ["volumes", "warnings"]
+    assert list(result) == ["volumes", "warnings", "not_compared"]
     assert json.loads(json.dumps(result)) == result
     return [(warning["kind"], warning.get("structure")) for warning in result["warnings"]]
 
@@ -75,12 +75,12 @@ def test_an_image_is_measured_in_the_patients_axes() -> None:
     measured = measure_image(make_image(array, affine))
     assert measured["spacing"].tolist() == [1.5, 2.0, 6.0]
     assert measured["extent"].tolist() == [7.5, 20.0, 24.0]
-    assert measured["intensity"].tolist() == [[101, 199], [7, 7]]
+    assert measured["intensity"].tolist() == [[101, 150, 199], [7, 7, 7]]
 
 
 def test_a_sample_of_a_large_image_says_the_same() -> None:
     array = np.tile(np.arange(1000, dtype=np.float32), (1000, 1))[None]
-    low, high = measure_image(make_image(array, np.eye(3)))["intensity"][0].tolist()
+    low, _, high = measure_image(make_image(array, np.eye(3)))["intensity"][0].tolist()
     assert low == pytest.approx(10, abs=2)
     assert high == pytest.approx(990, abs=2)
 
@@ -98,12 +98,12 @@ def test_ranges_over_cases() -> None:
     assert channel["high"] == [50, 80]
     # Of 16 voxels the 1st percentile lies 0.15 of the way from the least to the next: 10 + 0.15 x 40, 10 + 0.15 x 70.
     assert channel["low"] == [16, 20.5]
-    assert channel["width"] == [34, 59.5]
+    assert channel["middle"] == [1, 1], "all but one voxel are the brightest"
 
 
 def test_a_familiar_case_has_no_warnings(summary: Path) -> None:
     assert kinds(make_case(), entropy_from=summary) == []
-    assert kinds(make_case(spacing=(9, 9, 9), intensity=(0, 1)), None) == []
+    assert kinds(make_case(spacing=(9, 9, 9), intensity=(0, 1, 1)), None) == []
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ def test_a_familiar_case_has_no_warnings(summary: Path) -> None:
         ({"extent": (14, 44, 140)}, []),
         ({"extent": (25, 25, 151)}, ["field_of_view"]),
         ({"extent": (13, 25, 70)}, ["field_of_view"]),
-        ({"intensity": (-1399, 999)}, []),  # the training's are 1600 wide
-        ({"intensity": (24, 1424)}, ["intensity"]),  # stored with an offset
-        ({"intensity": (-1000, 1001)}, ["intensity"]),
-        ({"intensity": (-1000, -201)}, ["intensity"]),
+        ({"intensity": (-1399, 0, 999)}, []),  # the training's are 1600 wide
+        ({"intensity": (24, 800, 1424)}, ["intensity"]),  # stored with an offset
+        ({"intensity": (-1000, 0, 1001)}, ["intensity"]),
+        ({"intensity": (-1000, -500, -201)}, ["intensity"]),
         ({"entropy": 0.159}, []),
         ({"entropy": 0.161}, ["entropy"]),
         ({"entropy": math.nan}, []),
@@ -129,9 +129,16 @@ def test_a_case_that_is_unlike_the_training(change: dict[str, Any], expected: li
 
 
 @pytest.mark.parametrize(
-    ("intensity", "expected"), [((20, 900), []), ((0, 1), ["intensity"]), ((-900, 50), ["intensity"])]
+    ("intensity", "expected"),
+    [
+        ((20, 320, 820), []),  # 3/8 of the way
+        ((0.0, 0.375, 1.0), []),  # the same on another scale
+        ((-1.0, 0.5, 3.0), []),  # and with an offset
+        ((20, 820 - 180, 820), ["intensity"]),  # another contrast: most is bright
+        ((20, 40, 820), ["intensity"]),
+    ],
 )
-def test_units_that_mean_nothing_are_compared_by_their_width(intensity: Any, expected: list[str]) -> None:
+def test_units_that_mean_nothing_are_compared_by_their_contrast(intensity: Any, expected: list[str]) -> None:
     familiar = {"intensity": [MR]}
     assert kinds(make_case(intensity=intensity), familiar) == [(kind, None) for kind in expected]
 

@@ -84,11 +84,10 @@ def _make_network(definition: Mapping[str, Any], source: str) -> nn.Module:
     if module in {found.name for found in pkgutil.iter_modules(networks.__path__)}:
         networks = import_module(f"{networks.__name__}.{module}")
     made = getattr(networks, kind, None)
-    own = isinstance(made, type) and issubclass(made, nn.Module) and made.__module__.startswith(f"{networks.__name__}")
     arguments = {key: value for key, value in definition.items() if not key.startswith("_")}
     arguments["out_channels"] = 2  # which the record has as an expression
     try:
-        if own and isinstance(made, type):
+        if isinstance(made, type) and issubclass(made, nn.Module) and made.__module__.startswith(networks.__name__):
             return made(**arguments)
     except (TypeError, ValueError):  # of an expression where a number should be
         pass

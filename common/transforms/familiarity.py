@@ -205,21 +205,21 @@ class CaseWarningsd(MapTransform):
         found: list[dict[str, str]] = []
         if self.segmentation_key in d:
             found += self._of_segmentation(d[self.segmentation_key])
-        if "measured_spacing" in meta:
+        measured = "measured_spacing" in meta
+        if measured:
             found += self._of_image(*(meta[f"measured_{name}"] for name in MEASURES))
-        found += self._of_entropy(d.get("entropy"))
+        expected = None if self.entropy_from is None else expected_entropy(self.entropy_from)
+        comparable = expected is not None and d.get("entropy") is not None
+        if expected is not None and comparable:
+            found += self._of_entropy(d["entropy"], *expected)
         for warning in found:
             logger.warning("%s: %s", case_name(meta), warning["text"])
-        d[self.result_key] = {**d.get(self.result_key, {}), "warnings": found, "not_compared": self._not_compared(d)}
-        return d
-
-    def _not_compared(self, case: Mapping[Hashable, Any]) -> list[str]:
-        """The kinds that nothing was there to compare with: no warning of them means nothing."""
+        # No warning of these kinds means nothing.
         known = {"spacing": "spacing", "field_of_view": "extent", "intensity": "intensity"}
-        measured = "measured_spacing" in case["image"].meta
-        kinds = [kind for kind, key in known.items() if not (measured and self.familiar.get(key))]
-        expected = None if self.entropy_from is None else expected_entropy(self.entropy_from)
-        return kinds if expected is not None and case.get("entropy") is not None else [*kinds, "entropy"]
+        unknown = [kind for kind, key in known.items() if not (measured and self.familiar.get(key))]
+        unknown += [] if comparable else ["entropy"]
+        d[self.result_key] = {**d.get(self.result_key, {}), "warnings": found, "not_compared": unknown}
+        return d
 
     def _of_segmentation(self, segmentation: torch.Tensor) -> Iterator[dict[str, str]]:
         labels: torch.Tensor = convert_to_tensor(segmentation[0], track_meta=False)
@@ -270,11 +270,9 @@ class CaseWarningsd(MapTransform):
                 text = f"unfamiliar intensities{channel}: {text}"
                 yield {"kind": "intensity", "text": f"{text} {ranges}"}
 
-    def _of_entropy(self, entropy: float | None) -> Iterator[dict[str, str]]:
-        expected = None if self.entropy_from is None else expected_entropy(self.entropy_from)
-        if expected is None or entropy is None or not entropy > expected[0] + DEVIATIONS * expected[1]:
+    def _of_entropy(self, entropy: float, mean: float, deviation: float, count: int) -> Iterator[dict[str, str]]:
+        if not entropy > mean + DEVIATIONS * deviation:
             return
-        mean, deviation, count = expected
         text = f"the network is unusually uncertain: mean entropy {entropy:.3f} nats where it finds structures, on the"
         known = f"{count} validation cases {mean:.3f} (standard deviation {deviation:.3f})"
         yield {"kind": "entropy", "text": f"{text} {known}"}

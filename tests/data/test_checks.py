@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import nibabel
 import numpy as np
 import pytest
+from data_files import TARGETS, write
 
 from common.data import check_cases, check_labels, check_output
 from common.errors import BadInput
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
-TARGETS = [
-    {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 1.0},
-    {"name": "volume", "unit": "mL", "kind": "sum"},
-]
-
-
-def write(path: Path, shape=(6, 5, 4), affine=None, dtype=np.float32) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(np.zeros(shape, dtype), np.eye(4) if affine is None else affine), path)
-    return str(path)
 
 
 @pytest.fixture

@@ -11,17 +11,12 @@ import itk
 import nibabel
 import numpy as np
 import pytest
+from data_files import write
 
 from common.data import check_cases
 from common.data.grids import read_grid
 from common.errors import BadInput
 from common.transforms import LoadCased
-
-
-def write(path: Path, shape=(6, 5, 4), affine=None, dtype=np.float32) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(np.zeros(shape, dtype), np.eye(4) if affine is None else affine), path)
-    return str(path)
 
 
 def test_truncated_nifti_is_found_by_its_size(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -10,8 +11,6 @@ import torch.distributed as dist
 from ..errors import BadInput, report_plainly
 
 __all__ = ["distributed_device", "start_distributed", "stop_distributed"]
-
-GLOO_THREADS = 2  # of a process group, by PyTorch's default
 
 
 def distributed_device() -> str:
@@ -39,12 +38,12 @@ def start_distributed() -> None:
 
 
 def stop_distributed() -> None:
-    """Leave the process group, together.
+    """Leave the process group, together, and end its threads.
 
-    A barrier first: no process takes the group from under another that still talks, and Gloo's threads have let go of
-    their last tensors before the interpreter ends (one that does so later aborts the process, its work done).
+    A thread of Gloo that lets go of its last tensor while the interpreter ends would abort the process, its work done.
+    The threads end with the group, once nobody holds it.
     """
     if dist.is_initialized():
-        for _ in range(GLOO_THREADS):
-            dist.barrier()
+        dist.barrier()  # nobody takes the group from under another who still talks
+        gc.collect()
         dist.destroy_process_group()

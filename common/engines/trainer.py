@@ -92,9 +92,6 @@ class SemiSupervisedTrainer(Trainer):
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         self.model: torch.nn.Module = self.method
-        if dist.is_available() and dist.is_initialized():
-            ids = [device.index] if device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.method, device_ids=ids, find_unused_parameters=True)
         self.add_event_handler(Events.EPOCH_STARTED, SemiSupervisedTrainer._begin_epoch)
         self.add_event_handler(Events.ITERATION_COMPLETED, SemiSupervisedTrainer._accumulate)
         self.add_event_handler(Events.EXCEPTION_RAISED, SemiSupervisedTrainer._raise)  # after everybody's clean-up
@@ -103,9 +100,14 @@ class SemiSupervisedTrainer(Trainer):
 
     def run(self) -> None:  # type: ignore[override]  # as MONAI's own, without arguments
         """Train until ``max_epochs``; a finished or resumed state is continued, not started over."""
+        if dist.is_available() and dist.is_initialized():
+            device = self.state.device
+            ids = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.method, device_ids=ids, find_unused_parameters=True)
         try:
             Workflow.run(self)
         finally:
+            self.model = self.method  # what is distributed holds the process group, see `stop_distributed`
             leave()
 
     def _begin_epoch(self) -> None:

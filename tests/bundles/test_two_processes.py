@@ -13,6 +13,11 @@ import torch
 from bundle_runs import SHORT, config, run
 
 
+# A thread that outlives the interpreter aborts a process that has done its work.
+COUNT_THREADS = """$print('threads left:', [path.read_text().strip() for path in
+__import__('pathlib').Path('/proc/self/task').glob('*/comm')].count('pt_gloo_runloop'))"""
+
+
 def metrics(folder: Path) -> dict[str, list[float]]:
     """Every figure of the one run that MLflow knows, epoch by epoch."""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
@@ -36,6 +41,9 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(
 
     workflow("teacher", str(overlay), **places("one"), batch_size=2)
     files = [config("teacher", "train.json"), config("teacher", "multi_gpu_train.json"), str(overlay), str(plan)]
+    threads = tmp_path / "threads.json"
+    threads.write_text(json.dumps({"+finalize": [COUNT_THREADS]}))
+    files.append(str(threads))
     done = run(files, {**SHORT, **places("two"), "batch_size": 1}, processes=2)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-5000:]
@@ -48,6 +56,7 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(
     for key, values in expected.items():
         assert len(values) == 2, key
         assert found[key] == pytest.approx(values, rel=1e-4), key
+    assert printed.count("threads left: 0") == 2
     # The first of them speaks and writes for both.
     for line in ("Epoch 1/2:", "Epoch 2/2:", "Weights to use:"):
         assert printed.count(line) == 1, line

@@ -12,7 +12,6 @@ import pytest
 import torch
 from bundle_runs import SHORT, config, run
 
-
 # A thread that outlives the interpreter aborts a process that has done its work.
 COUNT_THREADS = """$print('threads left:', [path.read_text().strip() for path in
 __import__('pathlib').Path('/proc/self/task').glob('*/comm')].count('pt_gloo_runloop'))"""

@@ -124,26 +124,26 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def data_digests(datalist: str | os.PathLike[str], cases: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """SHA-256 of a datalist and of every file that it names.
+    """SHA-256 of a datalist and of the files of the cases that are used.
 
     Args:
-        datalist: the JSON file.
-        cases: the entries that are used; where the datalist does not know their images, as when MONAI Label gives
-            them, it is their files that count.
+        datalist: the JSON file. It counts only where it knows all of the cases' images: MONAI Label gives others.
+        cases: the entries that are used; none takes all that the datalist has.
 
     Returns:
         ``datalist`` (its path, or None), ``sha256`` (of that file, or None), ``folder`` and ``files``: digests by the
         path relative to that folder; None for one that can't be read.
     """
     path = Path(datalist).expanduser().resolve()
-    entries, folder, known = list(cases), None, False
+    entries, known = list(cases), False
+    folder: Path | None = None
     if path.is_file():
         content = read_datalist(path)
         folder = path.parent
         named = [entry for section in SECTIONS for entry in content.get(section, ())]
         images = {file for entry in named for file in _files([entry["image"]], folder)}
         known = all(file in images for case in cases for file in _files([case["image"]], folder))
-        entries = named if known else entries
+        entries = entries or named
     values = [entry[key] for entry in entries for key in entry if key not in ("annotated", "patient", "case_name")]
     files = sorted(set(_files(values, folder)))
     folder = folder if known else Path(os.path.commonpath([file.parent for file in files])) if files else None

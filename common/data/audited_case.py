@@ -120,9 +120,10 @@ def voxel_digests(image: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
     """Two digests by which an image is known again: of its voxels brought to RAS by the header, and as stored.
 
     Two images are the same when they share one of them. So a copy is found that has another name, compression, format,
-    data type or scale factor (values are compared as float32, after scaling), another voxel size or position, was
-    re-oriented along with its header, or lost its orientation from the header while the voxels stayed in place. Not the
-    same: a copy that was cropped, resampled, normalised or rounded, or mirrored without the header saying so.
+    data type or scale factor (values are compared as float32, after scaling), another voxel size or position, its
+    channels in another order, was re-oriented along with its header, or lost its orientation from the header while the
+    voxels stayed in place. Not the same: a copy that was cropped, resampled, normalised or rounded, or mirrored without
+    the header saying so.
 
     Args:
         image: float32 (C, *spatial).
@@ -130,7 +131,7 @@ def voxel_digests(image: np.ndarray, affine: np.ndarray) -> tuple[str, ...]:
     """
     axes = nibabel.orientations.io_orientation(affine)
     upright = np.moveaxis(nibabel.orientations.apply_orientation(np.moveaxis(image, 0, -1), axes), -1, 0)
-    return tuple(dict.fromkeys(map(_digest, (upright, image))))
+    return tuple(dict.fromkeys(" ".join(sorted(map(_digest, channels))) for channels in (upright, image)))
 
 
 def _digest(array: np.ndarray) -> str:

@@ -101,8 +101,8 @@ def check_cases(
 
 
 def patient_key(entry: Mapping[str, Any]) -> str | None:
-    """The patient of an entry, which may be written as text or number; None where the entry doesn't say."""
-    return None if entry.get("patient") is None else str(entry["patient"])
+    """The patient of an entry, whether written as text or number, in whatever case; None where it doesn't say."""
+    return None if entry.get("patient") is None else " ".join(str(entry["patient"]).split()).casefold()
 
 
 def in_both(

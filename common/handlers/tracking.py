@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import ignite.distributed as idist
 import monai
@@ -62,6 +63,11 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     return record or {"weights": weights_digest(model_path)}
 
 
+def _without_password(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
 def _plainly(method: Callable[..., None]) -> Callable[..., None]:
     """A method of :class:`_Run` whose failure says which store can't be written rather than how."""
 
@@ -70,8 +76,8 @@ def _plainly(method: Callable[..., None]) -> Callable[..., None]:
         try:
             method(self, *arguments, **named)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            place = re.sub(r"//[^/@]*@", "//", self.uri).removeprefix(_SQLITE)  # without a password
-            reason = str(error).strip().splitlines()[0][:200]
+            place = self.place.removeprefix(_SQLITE)
+            reason = str(error).replace(self.uri, self.place).strip().splitlines()[0][:200]
             raise BadInput(
                 f"{place}: MLflow can't record the run there ({reason}). Free some space, or choose another output_dir "
                 "or tracking_uri."
@@ -92,7 +98,14 @@ class _Run(MLFlowHandler):
         self.output_dir = Path(output_dir)
         self.stage = stage
         database = f"{_SQLITE}{(self.output_dir / 'mlruns.db').resolve()}"
+        if tracking_uri and tracking_uri != _without_password(tracking_uri):
+            raise BadInput(
+                f"tracking_uri {_without_password(tracking_uri)}: a user or password stands in it, which the run's "
+                "config and record would tell. Set the environment variables MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD for a server, or MLFLOW_TRACKING_URI in place of tracking_uri."
+            )
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri or database
+        self.place = _without_password(self.uri)  # for records
         self.config = running_config()
         if idist.get_rank() != 0:
             return  # a client makes its database at once, which only one process may do
@@ -294,7 +307,7 @@ class Tracking(_Run):
             "validated": {},
             **earlier,
             "run_id": self.cur_run.info.run_id,
-            "tracking_uri": self.uri,
+            "tracking_uri": self.place,
         }
         self.validated = self.record["validated"]
         if earlier:
@@ -363,7 +376,7 @@ class Tracking(_Run):
         run_id = self.cur_run.info.run_id
         digest = weights_digest(self.model_path)
         self.client.set_tag(run_id, "weights", digest)
-        record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.uri, "weights": digest}
+        record = {"stage": self.stage, "run_id": run_id, "tracking_uri": self.place, "weights": digest}
         entropy = self.validated.get(digest)
         record.update({"entropy": entropy} if entropy and entropy["n"] > 1 else {})
         text = json.dumps({**record, "config": trained_settings(self.config), "parents": self.parents}, indent=2)

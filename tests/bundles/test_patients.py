@@ -31,7 +31,7 @@ def files_that_say(words: set[str], *folders: Path) -> list[str]:
     return found
 
 
-def test_a_training_keeps_the_datalist_s_patients_to_itself(
+def test_training_and_evaluation_keep_the_datalist_s_patients_to_themselves(
     phantoms: Path,
     workflow: Callable[..., None],
     tmp_path: Path,
@@ -51,8 +51,11 @@ def test_a_training_keeps_the_datalist_s_patients_to_itself(
     with caplog.at_level(logging.DEBUG):
         short = {"train#trainer#max_epochs": 1, "iterations_per_epoch": 1}
         workflow("teacher", dataset_dir=str(tmp_path / "data"), **folders, **short)
+        folders["output_dir"] = str(tmp_path / "out" / "evaluation")
+        workflow("teacher", names=("train.json", "evaluate.json"), dataset_dir=str(tmp_path / "data"), **folders)
     assert (tmp_path / "out" / "mlruns.db").exists()
     assert (tmp_path / "models" / "model.json").exists()
+    assert (tmp_path / "out" / "evaluation" / "metrics.csv").exists()
     assert not files_that_say({PATIENT}, tmp_path / "out", tmp_path / "models")
     said = capfd.readouterr()
     assert PATIENT not in caplog.text + said.out + said.err

@@ -343,6 +343,12 @@ def test_digests_in_two_dimensions() -> None:
     assert set(voxel_digests(image, np.eye(3))) & set(flipped)
 
 
+def test_digests_of_channels_in_another_order() -> None:
+    image = np.random.default_rng(0).normal(size=(2, 5, 4, 3)).astype(np.float32)
+    assert set(voxel_digests(image, np.eye(4))) & set(voxel_digests(image[::-1], np.eye(4)))
+    assert not set(voxel_digests(image, np.eye(4))) & set(voxel_digests(image[[0, 0]], np.eye(4)))
+
+
 def test_without_labels_ids_are_not_checked(data: DataSet) -> None:
     del data.content["labels"]
     report = audit(data.path(), jobs=0)

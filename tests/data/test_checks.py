@@ -80,6 +80,8 @@ def test_patients_and_images_stay_on_one_side(case, tmp_path):
     assert "Mueller" not in str(caught.value)
     with pytest.raises(BadInput, match="are of one patient"):
         check_cases([{**case, "patient": 7}], validation=[{**other, "patient": "7"}])
+    with pytest.raises(BadInput, match="are of one patient"):
+        check_cases([{**case, "patient": "Mueller, A"}], validation=[{**other, "patient": " mueller,  a"}])
     with pytest.raises(BadInput, match="is in training and in validation"):
         check_cases([case], validation=[{**case}])
     check_cases([{**case, "patient": 7}], validation=[{**other, "patient": 8}])

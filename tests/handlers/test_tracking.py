@@ -311,12 +311,36 @@ def test_a_disk_that_fills_up_is_told_by_the_databases_name(folder, monkeypatch)
 
 
 def test_a_servers_password_is_not_told(folder, monkeypatch):
-    handler = EvaluationTracking.__new__(EvaluationTracking)
-    handler.uri = "https://me:secret@server.org/mlflow"
-    monkeypatch.setattr(MLFlowHandler, "_log_metrics", lambda *_: (_ for _ in ()).throw(MlflowException("gone")))
-    with pytest.raises(BadInput, match=r"https://server\.org/mlflow: .*gone") as caught:
-        handler._log_metrics({"loss": 1.0})
-    assert "secret" not in str(caught.value)
+    secret = "https://me:secret@server.org/mlflow"
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException(f"{secret} is gone")
+
+    monkeypatch.setattr(MLFlowHandler, "__init__", refuse)
+    with pytest.raises(
+        BadInput, match=r"tracking_uri https://server\.org/mlflow: .*MLFLOW_TRACKING_PASSWORD"
+    ) as refused:
+        Tracking("teacher", str(folder), "model.pt", tracking_uri=secret)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    with pytest.raises(BadInput, match=r"https://server\.org/mlflow: .*gone") as unreachable:
+        Tracking("teacher", str(folder), "model.pt")
+    assert "secret" not in f"{refused.value} {unreachable.value}"
+
+
+@pytest.mark.parametrize(
+    ("address", "recorded"),
+    [
+        ("postgresql://me:secret@server.org:5432/mlflow", "postgresql://server.org:5432/mlflow"),
+        ("sqlite:////data/a@b.db", "sqlite:////data/a@b.db"),
+        ("https://server.org", "https://server.org"),
+    ],
+)
+def test_records_hold_no_password(folder, monkeypatch, address, recorded):
+    """A database has it in its address, which only the environment may hold."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setattr(Tracking, "_connect", lambda *_: None)
+    tracking = Tracking("teacher", str(folder), "model.pt")
+    assert (tracking.uri, tracking.place) == (address, recorded)
 
 
 def test_a_resumed_training_goes_on_with_its_run(folder):

@@ -184,7 +184,7 @@ def read_image(load: LoadImage, path: Any) -> MetaTensor:
         raise BadInput(
             f"image {_path(path)} has intensities up to {largest:.3g}, which can't be normalised; correct the file, "
             "such as the scale factor in its header",
-            kind="values",
+            kind="units",
         )
     return image
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -441,3 +442,13 @@ def test_a_dicom_series_is_known_by_its_header(data: DataSet) -> None:
     assert ("error", "patient", "again") in found
     assert ("error", "leak", copy) in found
     assert not [entry for entry in found if entry[1:] == ("unreadable", "series")]
+
+
+def test_every_kind_of_finding_is_documented() -> None:
+    programs = [path.read_text() for part in ("data", "transforms") for path in (ROOT / "common" / part).glob("*.py")]
+    named = re.compile(r'(?:kind=|\.say\(\s*|\.finding\(\s*|None, None, )"(\w+)"')
+    kinds = {kind for text in programs for kind in named.findall(text)} - {"stable"}  # a way of sorting
+    assert len(kinds) > 10
+    _, table = (ROOT / "docs" / "data.md").read_text().split("| kind | error, unless it says warning |")
+    rows = " ".join(row.split("|")[1] for row in table.split("\n\n")[0].splitlines() if row.count("|") > 2)
+    assert not kinds - set(re.findall(r"`(\w+)`", rows))

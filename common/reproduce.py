@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from .engines.configuration import loaded_checkpoint
 from .errors import BadInput
 from .files import write_atomically
 from .handlers.tracking import RUN_FILE, weights_digest
@@ -123,9 +124,10 @@ def command_line(
         settings["amp"] = record["amp"]
     if datalist is not None:
         settings |= {"dataset_dir": datalist.resolve().parent, "datalist": datalist.resolve()}
+    loaded = loaded_checkpoint(record["config"])
     for role, path in (weights or {}).items():
-        of_stage = f"{role}_path" in record["config"]
-        settings[f"{role}_path" if of_stage else f"teacher_paths#{role}"] = path.resolve()
+        setting = f"{role}_path" if f"{role}_path" in record["config"] else f"teacher_paths#{role}"
+        settings[loaded[0] if loaded and role == "start" else setting] = path.resolve()
     for key, value in settings.items():
         command += [f"--{key}", str(value)]
     variables = {"OMP_NUM_THREADS": str(made_with["threads"])} if on_cpu else {}

@@ -26,13 +26,19 @@ Reproduce = Callable[..., tuple[int, str]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a student's training, with its data and its teacher beside it."""
+    """The folder of a student's training, with its data, its teacher, and the weights that it went on from."""
     root = tmp_path_factory.mktemp("reproduce")
     generate_phantoms(root / "data", labeled=2, unlabeled=2, validation=1, shape=(24, 24, 20), seed=1, progress=False)
-    (root / "plan.json").write_text(json.dumps(PLAN))
-    torch.manual_seed(0)
     widths = [PLAN[key] for key in ("features", "kernel_sizes", "strides")]
-    save_weights(SegmentationNetwork(3, 1, 3, *widths), root / "teacher.pt")
+    for seed, name in enumerate(("teacher.pt", "start.pt")):
+        torch.manual_seed(seed)
+        save_weights(SegmentationNetwork(3, 1, 3, *widths), root / name)
+    loader = {  # as MONAI Label has a bundle go on from its own weights
+        "_target_": "CheckpointLoader",
+        "load_path": str(root / "start.pt"),
+        "load_dict": {"model": "@network"},
+    }
+    (root / "plan.json").write_text(json.dumps({**PLAN, "+train#handlers": [loader]}))
     settings = {
         **SHORT,
         "seed": 5,
@@ -77,13 +83,14 @@ def test_the_record_says_what_it_takes(record: dict[str, Any], trained: Path) ->
     assert made_with["torch"] == torch.__version__.split("+")[0] or made_with["torch"] == torch.__version__
     assert {"few-labels-bundles", "python", "monai", "pytorch-ignite", "numpy", "commit"} <= made_with.keys()
     assert made_with["threads"] == 1
-    assert record["parents"]["teacher"]["weights"] == weights_digest(trained / "teacher.pt")
+    for role in ("teacher", "start"):
+        assert record["parents"][role]["weights"] == weights_digest(trained / f"{role}.pt")
     assert record["weights"] == weights_digest(trained / "run" / "models" / "model.pt")
     listed = json.loads((trained / "data" / "datalist.json").read_text())
     entries = [entry for section in ("training", "unlabeled", "validation") for entry in listed[section]]
-    named = {value for entry in entries for value in entry.values() if isinstance(value, str)}
-    files = {name: path for name in named if (path := trained / "data" / name).is_file()}
-    assert len(files) == 11
+    names = {entry[key] for entry in entries for key in ("image", "label") if key in entry}  # a student reads no more
+    files = {name: trained / "data" / name for name in names}
+    assert len(files) == 8
     found = record["data"]["files"]
     assert found == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
@@ -105,7 +112,7 @@ def test_a_repetition_has_the_same_weights(reproduce: Reproduce, tmp_path: Path,
     code, said = reproduce("--run")
     assert code == 0, said
     assert "versions, code and machine: as in the record" in said
-    assert "data: 11 files as in the record; weights of teacher, too" in said
+    assert "data: 8 files as in the record; weights of teacher, too; weights of start, too" in said
     assert "weights: the same as in the record, bit for bit" in said
     digests = [weights_digest(folder / "models" / "model.pt") for folder in (trained / "run", tmp_path / "again")]
     assert digests[0] == digests[1]
@@ -163,7 +170,22 @@ def test_other_weights_of_the_stage_before(
     assert "--weights teacher=FILE" in said
     code, said = reproduce("--weights", "student=x.pt")
     assert code == 1
-    assert "of the roles of this run: teacher" in said
+    assert "of the roles of this run: teacher, start" in said
+
+
+def test_weights_that_were_replaced_since(
+    reproduce: Reproduce, trained: Path, tmp_path: Path, record: dict[str, Any]
+) -> None:
+    """Those that a training of MONAI Label went on from."""
+    record["parents"]["start"]["path"] = str(trained / "run" / "models" / "model.pt")
+    code, said = reproduce(record=record)
+    assert code == 1
+    assert "start, " in said
+    assert "other weights" in said
+    code, said = reproduce("--weights", f"start={trained / 'start.pt'}", record=record)
+    assert code == 0, said
+    number = next(n for n, item in enumerate(record["config"]["train"]["handlers"]) if "load_path" in item)
+    assert f"--train#handlers#{number}#load_path {trained / 'start.pt'}" in said.replace("'", "")
 
 
 def test_what_differs_here_is_said(reproduce: Reproduce, record: dict[str, Any]) -> None:

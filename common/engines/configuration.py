@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from monai.bundle import ConfigParser
 
 from ..errors import BadInput
 
-__all__ = ["read_json_words", "running_config"]
+__all__ = ["loaded_checkpoint", "read_json_words", "running_config"]
 
 _JSON_WORDS = {"null": None, "true": True, "false": False}
 _PATHS = ("input", "output_dir", "ckpt_dir", "dataset_dir")  # a folder may be called 2024
@@ -77,3 +78,19 @@ def running_config() -> dict[str, Any]:
         return {}
     config = {key: value for key, value in parser.get().items() if key != "_meta_"}
     return json.loads(json.dumps(config, default=str))
+
+
+def loaded_checkpoint(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The weights that a handler of MONAI's loads first: with MONAI Label the teacher goes on from its own.
+
+    Args:
+        config: of a training.
+
+    Returns:
+        The setting that names the file, and the file; None where no handler loads one.
+    """
+    handlers = (config.get("train") or {}).get("handlers") or ()
+    for number, handler in enumerate(handlers):
+        if str(handler.get("_target_")).rpartition(".")[2] == "CheckpointLoader" and handler.get("load_path"):
+            return f"train#handlers#{number}#load_path", str(handler["load_path"])
+    return None

@@ -28,7 +28,7 @@ from monai.handlers import MLFlowHandler
 from sqlalchemy.exc import SQLAlchemyError
 
 from .. import __version__
-from ..engines.configuration import running_config
+from ..engines.configuration import loaded_checkpoint, running_config
 from ..engines.origin import trained_settings
 from ..errors import BadInput
 from ..files import temporary_name, write_atomically
@@ -222,7 +222,10 @@ class Tracking(_Run):
         self.evaluator = evaluator
         self.datalist = datalist
         self.cases = cases
-        self.parent_paths = {role: Path(path).resolve() for role, path in (parents or {}).items() if path}
+        paths, loaded = dict(parents or {}), loaded_checkpoint(running_config())
+        if loaded:
+            paths["start"] = loaded[1]
+        self.parent_paths = {role: Path(path).resolve() for role, path in paths.items() if path}
         self.parents = {role: read_lineage(path) for role, path in self.parent_paths.items()}
         self.record: dict[str, Any] = {}
         self.digests: DataDigests | None = None

@@ -167,13 +167,30 @@ def _patients(cases: Sequence[Case]) -> Iterator[Finding]:
     for group in _groups(cases, lambda case: filter(None, [case[1].patient])):
         for case, other, severity in _leaks(group):
             yield case[0].finding("patient", severity, f"of one patient with {_where(other)}")
-    unknown = [case for case in cases if not case[1].patient]
-    for group in _groups(unknown, lambda case: [patient_of(case[0].name)]):
-        if len(group) * 2 > len(cases):
-            continue  # what so many names begin with is the data set's name
-        for case, other, _ in _leaks(group):
-            message = f"by its name perhaps of one patient with {_where(other)}; say so in the datalist with `patient`"
-            yield case[0].finding("patient", "warning", message)
+    for keys, doubted, message in _DOUBTS:
+        for group in _groups(cases, keys):
+            if len(group) * 2 > len(cases):
+                continue  # what so many names begin with is the data set's, what so many headers say is nobody's
+            for case in group:
+                others = [other for other in group if other is not case and doubted(case[1], other[1])]
+                for judged, other, _ in _leaks([*others, case]):
+                    if judged is case:
+                        yield case[0].finding("patient", "warning", message.format(_where(other)))
+
+
+# By what cases may be of one patient, when that is in doubt, and what to say then.
+_DOUBTS: list[tuple[Callable[[Case], Iterable[str]], Callable[[AuditedCase, AuditedCase], bool], str]] = [
+    (
+        lambda case: filter(None, [case[1].header]),
+        lambda one, other: one.patient != other.patient,
+        "by its DICOM header of one patient with {}, though not by `patient` in the datalist",
+    ),
+    (
+        lambda case: [patient_of(case[0].name)],
+        lambda one, other: one.patient is None or other.patient is None,
+        "by its name perhaps of one patient with {}; say so in the datalist with `patient`",
+    ),
+]
 
 
 def _voxels(cases: Sequence[Case]) -> Iterator[Finding]:

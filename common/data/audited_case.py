@@ -91,7 +91,8 @@ class AuditedCase:
         files: how many files, or folders of slices, it names.
         shape: voxels of the image; None where its header can't be read.
         channels: of the image, likewise.
-        patient: as in the entry, else of a DICOM series' header; None where neither says.
+        patient: as in the entry, else as in the header; None where neither says.
+        header: digest of the patient in the header of a DICOM series, of several channels the first that says it.
         voxels: digests of the image, see :func:`voxel_digests`; none of an image that can't be read or is constant.
         label: digest of the label as it is stored; None where there is none, or it is constant.
     """
@@ -101,6 +102,7 @@ class AuditedCase:
     shape: tuple[int, ...] | None = None
     channels: int | None = None
     patient: str | None = None
+    header: str | None = None
     voxels: tuple[str, ...] = ()
     label: str | None = None
 
@@ -209,8 +211,9 @@ class _Audit:
             path = self.files("image")
             self.grid = read_grid(path)
             self.found.shape, self.found.channels = self.grid.shape, self.grid.channels
-            if isinstance(path, str) and os.path.isdir(path):
-                self.found.patient = self.found.patient or dicom_patient(path)
+            folders = filter(os.path.isdir, [path] if isinstance(path, str) else path)
+            self.found.header = next(filter(None, map(dicom_patient, folders)), None)
+            self.found.patient = self.found.patient or self.found.header
             image = read_image(self.load, path)
             voxels = image.numpy()
             if not voxels.size:

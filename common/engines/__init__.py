@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .configuration import running_config
 from .distributed import distributed_device, start_distributed, stop_distributed
+from .occupancy import leave
 from .origin import load_teacher, load_weights, selected_on, start_from
 from .precision import precision
 from .prediction import predict
@@ -14,6 +15,7 @@ __all__ = [
     "SemiSupervisedTrainer",
     "check_evaluation",
     "distributed_device",
+    "leave",
     "load_teacher",
     "load_weights",
     "precision",

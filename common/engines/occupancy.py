@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""One training or evaluation at a time in a folder."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _held: dict[Path, FileLock] = {}
 
 
 def occupy(folder: str | os.PathLike[str]) -> None:
-    """Keep other trainings out of a folder until this one leaves it or its process ends, in whatever way.
+    """Keep other trainings and evaluations out of a folder until this one leaves it or its process ends.
 
-    Of the processes of one distributed training the first does it.
+    Of the processes of one distributed run the first does it.
 
     Args:
         folder: an existing one.
 
     Raises:
-        BadInput: another process is training there.
+        BadInput: another process trains or evaluates there.
     """
     path = Path(os.path.expanduser(folder)).resolve()
     if path in _held or idist.get_rank() != 0:
@@ -39,16 +39,16 @@ def occupy(folder: str | os.PathLike[str]) -> None:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
         raise BadInput(
-            f"{path}: another training is writing there, and two would replace each other's files. Wait until it has "
-            "ended, or choose another output_dir and ckpt_dir."
+            f"{path}: another training or evaluation is writing there, and two would replace each other's files. Wait "
+            "until it has ended, or choose another output_dir and ckpt_dir."
         ) from None
     except (NotImplementedError, OSError) as error:
-        logger.warning("%s: this file system knows no locks (%s); start no second training there", path, error)
+        logger.warning("%s: this file system knows no locks (%s); start no second run there", path, error)
         return
     _held[path] = lock
 
 
 def leave() -> None:
-    """Let others train in the folders that this process occupies."""
+    """Let others into the folders that this process occupies."""
     while _held:
         _held.popitem()[1].release()

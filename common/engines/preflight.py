@@ -121,7 +121,7 @@ def check_evaluation(
     targets: Sequence[Mapping[str, Any]] = (),
     patch_size: Sequence[int] | None = None,
 ) -> None:
-    """Check the input of an evaluation before it starts.
+    """Check the input of an evaluation before it starts, and keep others out of its folder until :func:`leave`.
 
     Args:
         cases: the labelled entries to evaluate.
@@ -139,6 +139,7 @@ def check_evaluation(
     check_targets(targets, labels)
     _check_datalist(datalist, labels)
     check_cases(cases, labels, channels, targets, patch_size)
+    occupy(output_dir)
 
 
 def _check_datalist(datalist: str, labels: Mapping[str, str]) -> list[dict[str, Any]]:

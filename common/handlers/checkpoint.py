@@ -86,8 +86,8 @@ class Checkpoint:
             for path in (self.checkpoint_path, self.best_path, self.model_path):
                 remove_leftovers(path)
         if not self.resume or not self.checkpoint_path.exists():
-            if self.best_path.exists() and idist.get_rank() == 0:
-                self.best_path.unlink()
+            if idist.get_rank() == 0:
+                self._set_aside()
             return
         try:
             saved = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
@@ -111,6 +111,14 @@ class Checkpoint:
             engine.scaler.load_state_dict(scaler)
         logger.info("Resumed from %s after epoch %d", self.checkpoint_path, engine.state.epoch)
 
+    def _set_aside(self) -> None:
+        """Keep what a former run has left from being taken for this one's, and from being lost before it has begun."""
+        for path in (self.checkpoint_path, self.best_path):
+            if path.exists():
+                path.replace(_former(path))
+        if _former(self.checkpoint_path).exists():
+            logger.info("%s is of a former run; the first epoch removes it", _former(self.checkpoint_path))
+
     def _save(self, engine: SemiSupervisedTrainer) -> None:
         check_finite(self.network.state_dict(), str(self.checkpoint_path))
         content = {
@@ -124,6 +132,8 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(content, buffer)
         write_atomically(self.checkpoint_path, buffer.getbuffer())
+        for path in (self.checkpoint_path, self.best_path):
+            _former(path).unlink(missing_ok=True)
 
     def _keep_best(self, evaluator: Evaluator) -> None:
         name = evaluator.state.key_metric_name
@@ -148,3 +158,7 @@ class Checkpoint:
         else:
             save_weights(self.network, self.model_path)
         logger.info("Weights to use: %s", self.model_path)
+
+
+def _former(path: Path) -> Path:
+    return path.with_name(f"former_{path.name}")

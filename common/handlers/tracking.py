@@ -316,12 +316,16 @@ class Tracking(_Run):
         if earlier:
             configs = {**earlier["config"], "resume": self.config.get("resume")}, self.config
             before, now = (dict(_leaves(config, config)) for config in configs)
-            changed = [*different(before, now), *different(earlier["made_with"], made_with)]
+            weights = (
+                {f"weights of {role}": parent["weights"] for role, parent in parents.items()}
+                for parents in (earlier["parents"], self.parents)
+            )
+            changed = [*different(before, now), *different(earlier["made_with"], made_with), *different(*weights)]
             self.record["resumed"].append({"after_epoch": engine.state.epoch, "changed": changed})
             if changed:
                 logger.warning(
-                    "The run is resumed with other settings or programs than it was begun with, so its weights may "
-                    "not be those of one that nothing has stopped: %s",
+                    "The run is resumed with other settings, programs or weights to learn from than it was begun with, "
+                    "so its own may not be those of one that nothing has stopped: %s",
                     "; ".join(changed),
                 )
         if self.datalist is not None:
@@ -332,7 +336,7 @@ class Tracking(_Run):
     def _earlier_record(self) -> dict[str, Any]:
         try:
             record = json.loads((self.output_dir / RUN_FILE).read_text())
-            return record if {"config", "made_with", "resumed"} <= record.keys() else {}
+            return record if {"config", "made_with", "parents", "resumed"} <= record.keys() else {}
         except (OSError, ValueError):
             return {}
 

@@ -21,13 +21,15 @@ from torch import Tensor
 from ..errors import BadInput
 from ..networks import check_finite, read_weights, state_digest
 from .archive import CHECKSUMS, Limits, entry_faults, size_faults
+from .configs import carried
 from .inspection import FOREIGN, Use, config_uses, import_names, logging_uses, value_faults
 
-__all__ = ["Report", "add_arguments", "main", "verify_archive"]
+__all__ = ["Report", "add_arguments", "main", "verify_archive", "verify_config"]
 
 # MONAI's own (Apache-2.0), carried because a check should need no network.
 SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
 PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLES = PACKAGE.parent / "bundles"  # of a checkout
 MODEL, RECORD, METADATA = "models/model.pt", "models/model.json", "configs/metadata.json"
 NEEDED = (CHECKSUMS, METADATA, "configs/inference.json", "configs/train.json", MODEL, "docs/README.md", "LICENSE")
 _LARGEST_TEXT = 10_000_000
@@ -104,9 +106,7 @@ def verify_archive(
     Raises:
         BadInput: there is no such file.
     """
-    path, limits = Path(path), limits or Limits()
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file. Give a zip file that `python -m common pack` wrote.")
+    path, limits = _existing(path), limits or Limits()
     report = Report(str(path))
     try:
         archive = zipfile.ZipFile(path)
@@ -125,6 +125,38 @@ def verify_archive(
         if run_code and report.fine:
             _run_code(Path(folder) / report.bundle, report)
     return report
+
+
+def verify_config(path: str | Path, allow: Sequence[str] = ()) -> Report:
+    """Check which Python objects a config by itself would run: a plan, a recipe or another overlay.
+
+    Args:
+        path: the JSON file, to be laid over a config of this project.
+        allow: packages or objects, besides those that bundles need, that it may run.
+
+    Raises:
+        BadInput: there is no such file.
+    """
+    path = _existing(path)
+    report = Report(str(path))
+    config = _json(path.parent, path.name, report, "configs")
+    below = {str(file): json.loads(file.read_text()) for file in BUNDLES.glob("*/configs/train.json")}
+    # Called as in a packed bundle, which is how the list knows what is the project's own.
+    named = carried({"train.json": {"initialize": [], "run": []}, **below, "it": config})
+    # What the configs below it have imported, it may use by those names.
+    names = {alias: full for other in named.values() for alias, full in import_names(other).items()}
+    report.uses += config_uses(path.name, named["it"], names, allow)
+    _blame_uses(report)
+    if report.fine:
+        report.done["configs"] = _objects(report, allow)
+    return report
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file. Give a zip file that `python -m common pack` wrote, or a JSON config.")
+    return path
 
 
 def _megabytes(archive: zipfile.ZipFile) -> str:
@@ -340,10 +372,18 @@ def _check_configs(root: Path, files: Mapping[str, str], report: Report, allow: 
     for name in files:
         if name.endswith(".conf"):
             report.uses += logging_uses(name, _text(root, name, report, "configs"))
+    _blame_uses(report)
+    return _objects(report, allow)
+
+
+def _blame_uses(report: Report) -> None:
     for use in report.uses:
         if use.fault:
             hint = f" If it is fine: --allow '{use.name}'." if use.fault.startswith(FOREIGN) else ""
             report.blame("configs", f"{use.file}, {use.key}", f"{use.name} {use.fault}.{hint}")
+
+
+def _objects(report: Report, allow: Sequence[str]) -> str:
     allowed = f", or allowed: {', '.join(allow)}" if allow else ""
     return f"{len(report.objects())} Python objects, all of them what bundles need{allowed}"
 
@@ -360,7 +400,7 @@ def _run_code(root: Path, report: Report) -> None:
 
 
 def _print(report: Report) -> None:
-    print(f"{report.file}: {report.bundle} {report.version}".rstrip())
+    print(f"{report.file}: {report.bundle} {report.version}".rstrip(": "))
     for name, seen in report.done.items():
         print(f"  {name + ':':<10} {seen}")
     if report.uses:
@@ -370,7 +410,7 @@ def _print(report: Report) -> None:
             print(f"    {name!a}  ({places!a})" if not (name + places).isprintable() else f"    {name}  ({places})")
     for note in report.notes:
         print(f"  note: {note}")
-    if "network" not in report.done and report.fine:
+    if report.bundle and "network" not in report.done and report.fine:
         print(
             "  note: whether the weights fit the network was not tried, since that runs the archive's code: --run-code"
         )
@@ -384,11 +424,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m common verify``."""
     parser.description = (
         "Check a packed bundle that you were given: whether it unpacks safely, is as its maker packed it, holds "
-        "nothing but weights where weights should be, and which programs its settings would run. Checksums protect "
-        "against damage; who made it is for you to know. Nothing in the file is run unless you say --run-code. The "
-        "exit code is 1 when something is wrong."
+        "nothing but weights where weights should be, and which programs its settings would run. Of a plan or another "
+        "config (.json): the last of these. Checksums protect against damage; who made it is for you to know. "
+        "Nothing in the file is run unless you say --run-code. The exit code is 1 when something is wrong."
     )
-    parser.add_argument("file", help="zip file that `python -m common pack` wrote")
+    parser.add_argument("file", help="zip file that `python -m common pack` wrote, or a JSON config")
     parser.add_argument(
         "--allow",
         action="append",
@@ -413,8 +453,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Run ``python -m common verify``; returns the exit code."""
-    limits = Limits(size=options.max_size * 1e9, ratio=options.max_ratio)
-    report = verify_archive(options.file, [prefix.rstrip(".") for prefix in options.allow], limits, options.run_code)
+    allow = [prefix.rstrip(".") for prefix in options.allow]
+    if options.file.endswith(".json"):
+        report = verify_config(options.file, allow)
+    else:
+        limits = Limits(size=options.max_size * 1e9, ratio=options.max_ratio)
+        report = verify_archive(options.file, allow, limits, options.run_code)
     if options.json:
         content = asdict(report)
         content["problems"] = [

@@ -216,12 +216,14 @@ def test_a_disk_that_fills_up(epoch: int, words: str, runs: Runs) -> None:
     runs.check_end("mean_teacher", folder)
 
 
-def test_two_trainings_in_one_folder(runs: Runs) -> None:
-    folder = runs.begin("occupied")
-    with FileLock(folder / "train" / ".in_use.lock"):
+@pytest.mark.parametrize("occupied", ["train", "models"])
+def test_two_trainings_in_one_folder(occupied: str, runs: Runs) -> None:
+    folder = runs.begin(f"occupied_{occupied}")
+    (folder / occupied).mkdir(exist_ok=True)
+    with FileLock(folder / occupied / ".in_use.lock"):
         ended = runs.train("teacher", folder, patience=0)
     assert ended.code == 1
-    assert "another training is writing there" in ended.log
+    assert "another training or evaluation is writing there" in ended.log
     assert not (folder / "train" / "checkpoint.pt").exists()
     runs.check_what_is_left("teacher", folder)
 

@@ -264,6 +264,10 @@ def test_names_that_look_like_one_patient(data: DataSet) -> None:
     for section in ("training", "validation"):
         del data.content[section][-1]["patient"]
     assert data.found() == [("warning", "patient", "s01_second.nii.gz")]
+    data.content["training"][-1]["patient"] = "p9"
+    assert data.found() == [("warning", "patient", "s01_second.nii.gz")], "said of one of them alone"
+    data.content["validation"][-1]["patient"] = "p8"
+    assert data.found() == []
 
 
 def save_copy(data: DataSet, how: str) -> str:
@@ -442,6 +446,10 @@ def test_a_dicom_series_is_known_by_its_header(data: DataSet) -> None:
     assert ("error", "patient", "again") in found
     assert ("error", "leak", copy) in found
     assert not [entry for entry in found if entry[1:] == ("unreadable", "series")]
+    # Who says that they are two patients is asked; but headers that all say the same were made to say nothing.
+    data.content["training"][-1].update(image=["series", "series"], patient="p8")
+    data.content["testing"][-2]["patient"] = "p9"
+    assert ("warning", "patient", "again") in data.found()
 
 
 def test_every_kind_of_finding_is_documented() -> None:

@@ -48,7 +48,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 
 def test_a_second_training_is_refused_until_the_first_has_ended(tmp_path: Path, other: subprocess.Popen) -> None:
-    with pytest.raises(BadInput, match="another training is writing there") as caught:
+    with pytest.raises(BadInput, match="another training or evaluation is writing there") as caught:
         occupy(tmp_path)
     assert str(tmp_path) in str(caught.value)
     other.stdin.write("leave\n")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -140,9 +141,9 @@ def test_disk_that_is_full_while_a_checkpoint_is_written(tmp_path, full_disk):
     (train_folder / "checkpoint.pt").write_bytes(b"of an earlier run")
     with full_disk(2000), pytest.raises(BadInput, match=r"checkpoint\.pt: can't be written"):
         train(tmp_path, Counter(size=2000))
-    assert (train_folder / "checkpoint.pt").read_bytes() == b"of an earlier run"
+    assert (train_folder / "former_checkpoint.pt").read_bytes() == b"of an earlier run"
     assert (tmp_path / "models" / "model.pt").read_bytes() == old
-    assert names(tmp_path) == ["models/model.pt", "output/checkpoint.pt"]
+    assert names(tmp_path) == ["models/model.pt", "output/former_checkpoint.pt"]
 
 
 def test_what_killed_runs_were_writing_takes_no_room_for_good(tmp_path):
@@ -232,6 +233,28 @@ def test_a_run_in_bf16_is_resumed_where_losses_are_scaled_and_the_other_way_roun
     assert saved["scaler"] == {}
     torch.save({**saved, "scaler": torch.amp.GradScaler("cpu").state_dict()}, path)
     train(tmp_path, resume=True)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_not_resumed_from_a_former_one(tmp_path):
+    train(tmp_path, validation=Validation(0.9, 0.5, 0.5, 0.5), select="best")
+    with pytest.raises(PowerCut):
+        train(tmp_path, Counter(at={1: cut}), validation=Validation(0.5), select="best")
+    kept = ["models/model.pt", "output/former_best.pt", "output/former_checkpoint.pt"]
+    assert names(tmp_path) == kept, "who forgot --resume true has lost nothing yet"
+    train(tmp_path, validation=Validation(0.1, 0.2, 0.8, 0.3), select="best", resume=True)
+    assert deployed(tmp_path) == 3.0, "neither the former run's last weights nor its best"
+    assert names(tmp_path) == ["models/model.pt", "output/best.pt", "output/checkpoint.pt"]
+
+
+def test_the_scale_of_losses_is_resumed(tmp_path, monkeypatch):
+    made = []
+    doubling = partial(torch.amp.GradScaler, "cpu", init_scale=8.0, growth_interval=1)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *_, **__: made.append(doubling()) or made[-1])
+    with pytest.raises(PowerCut):
+        train(tmp_path, Counter(at={3: cut}))
+    assert torch.load(tmp_path / "output" / "checkpoint.pt", weights_only=True)["scaler"]["scale"] == 32.0
+    train(tmp_path, resume=True)
+    assert made[-1].get_scale() == 128.0, "doubled twice from where it was"
 
 
 def test_select_best_without_anything_to_select_by(tmp_path):

@@ -400,6 +400,18 @@ def test_a_run_that_is_resumed_with_other_settings_says_so(folder, caplog):
     assert record["weights"] == weights_digest(folder / "models" / "model.pt")
 
 
+def test_a_run_that_is_resumed_with_another_teacher_says_so(folder, caplog):
+    teacher = folder / "teacher.pt"
+    save_weights({"weight": torch.zeros(1)}, teacher)
+    with pytest.raises(BadInput, match="case_3"):
+        train(folder, "student", fail_at=1, parents={"teacher": str(teacher)})
+    save_weights({"weight": torch.ones(1)}, teacher)
+    train(folder, "student", resume=True, parents={"teacher": str(teacher)})
+    (resumed,) = json.loads((folder / "output" / "run.json").read_text())["resumed"]
+    assert [words for words in resumed["changed"] if words.startswith("weights of teacher: ")]
+    assert "weights of teacher: " in caplog.text
+
+
 @pytest.mark.parametrize("changed", [True, False])
 def test_a_run_that_is_resumed_on_other_data_says_so(folder, caplog, monkeypatch, changed):
     result = DataDigests.result

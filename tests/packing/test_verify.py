@@ -24,6 +24,7 @@ from common.packing import CHECKSUMS, Limits, verify_archive
 from common.packing.archive import archive_bytes, checksum_list
 from common.packing.configs import carried, merge_configs
 from common.packing.inspection import ATTRIBUTES, MODULES, config_uses, import_names, logging_uses
+from common.packing.verify import verify_config
 
 Change = Callable[[dict[str, bytes]], None]
 Mutate = Callable[..., Path]
@@ -503,3 +504,26 @@ def test_from_the_command_line(mutate: Mutate, capsys: pytest.CaptureFixture[str
     assert found["problems"][0]["place"] == "configs/inference.json, inferer#_target_"
     assert main(["verify", str(path), "--max-size", "0.0001"]) == 1
     assert "more than 0.0001 GB" in capsys.readouterr().out
+
+
+OWN_CONFIGS = sorted(path for path in ROOT.glob("bundles/*/configs/**/*.json") if path.name != "metadata.json")
+
+
+@pytest.mark.parametrize("path", OWN_CONFIGS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_config_by_itself(path: Path) -> None:
+    report = verify_config(path)
+    assert report.fine, report.problems
+
+
+def test_a_plan_of_somebody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"spacing": "$__import__('os').system('touch here')", "x": {"_target_": "os.system"}}))
+    assert main(["verify", str(plan)]) == 1
+    said = capsys.readouterr().out
+    assert "plan.json, x#_target_: " in said
+    assert "plan.json, spacing: " in said
+    plan.write_text(json.dumps({"spacing": [1, 1, 1], "x": {"_target_": "my_package.Loss"}}))
+    assert main(["verify", str(plan), "--allow", "my_package"]) == 0
+    assert "network" not in capsys.readouterr().out, "a config alone has none"
+    plan.write_text("{")
+    assert main(["verify", str(plan)]) == 1

@@ -75,8 +75,9 @@ def map_doubts(
 
     Values below the target's ``minimum`` (0 unless it says otherwise), which no prediction reaches; and lengths beyond
     what they are measured in: of a thickness (a target whose name says so, or that has an ``inner``) the diagonal of
-    the box around its structure, with a voxel on each side, of another length that of the image. A warning where the
-    description leaves it open: no ``minimum`` and not a length, or a thickness without a unit, which is taken for mm.
+    the box around its structure, with a voxel on each side, of another length that of the image. A warning where only
+    one part of the structure is smaller than its thickness, and where the description leaves it open: no ``minimum``
+    and not a length, or a thickness without a unit, which is taken for mm.
 
     Args:
         target: the description.
@@ -102,18 +103,27 @@ def map_doubts(
         )
     if not length:
         return doubts
-    sides, what = np.asarray(values.shape), "image"
+    scale, given = LENGTHS.get(unit, 1.0), unit or "(no unit given; mm?)"
+    sides, what = np.asarray(values.shape) * spacing, "image"
     if thickness and inside is not None:
-        box = ndimage.find_objects(inside.astype(np.uint8))[0]
-        sides, what = np.array([part.stop - part.start + 2 for part in box]), "structure"
-    most = float(np.linalg.norm(sides * np.asarray(spacing)))
-    if highest * LENGTHS.get(unit, 1.0) > most * _ROUNDING:
-        severity = "error" if unit else "warning"
-        doubts.append(
-            (
-                severity,
-                f"{name} goes up to {highest:g} {unit or '(no unit given; mm?)'}, longer than the {what} itself, "
-                f"{most:.4g} mm across. Another unit?",
-            )
-        )
+        sides, what = _sides(ndimage.find_objects(inside.astype(np.uint8))[0], spacing), "structure"
+    most = float(np.linalg.norm(sides))
+    if highest * scale > most * _ROUNDING:
+        words = f"{name} goes up to {highest:g} {given}, longer than the {what} itself, {most:.4g} mm across"
+        doubts.append(("error" if unit else "warning", f"{words}. Another unit?"))
+    elif what == "structure":
+        # A piece that came off a wall may be thicker than itself, when its cavity lies elsewhere.
+        parts, number = ndimage.label(inside, np.ones((3,) * values.ndim))
+        highs = ndimage.maximum(np.where(counts, values, -np.inf), parts, range(1, number + 1))
+        wide = [float(np.linalg.norm(_sides(box, spacing))) for box in ndimage.find_objects(parts)]
+        beyond = [pair for pair in zip(highs, wide, strict=True) if pair[0] * scale > pair[1] * _ROUNDING]
+        if beyond:
+            high, across = max(beyond)
+            words = f"{name} goes up to {high:g} {given} in a part of its structure that is {across:.4g} mm across"
+            doubts.append(("warning", words))
     return doubts
+
+
+def _sides(box: Sequence[slice], spacing: Sequence[float]) -> np.ndarray:
+    """Of a box with a voxel on each side, in mm."""
+    return np.array([part.stop - part.start + 2 for part in box]) * spacing

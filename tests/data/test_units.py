@@ -93,3 +93,15 @@ def test_what_lies_outside_the_structure_does_not_count() -> None:
     values, label = wall(4.0, outside=99.0)
     assert map_doubts(THICKNESS, values, (1.0, 1.0, 1.0), label) == []
     assert map_doubts(THICKNESS, values, (1.0, 1.0, 1.0)) != []
+
+
+def test_a_thickness_beyond_a_part_of_its_structure() -> None:
+    """The box around two nodules in opposite corners is no measure of either."""
+    values, label = wall(4.0)
+    label[0:3, 0:3, 0:3] = 2
+    values[0:3, 0:3, 0:3] = 8.0
+    assert map_doubts(THICKNESS, values, (1.0, 1.0, 1.0), label) == []
+    values[1, 1, 1] = 9.0
+    ((severity, words),) = map_doubts(THICKNESS, values, (1.0, 1.0, 1.0), label)
+    assert severity == "warning"
+    assert "thickness goes up to 9 mm in a part of its structure that is 8.66 mm across" in words

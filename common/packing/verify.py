@@ -99,9 +99,11 @@ def verify_archive(
 
     Args:
         path: the zip file.
-        allow: packages or objects, besides those that bundles need, that configs may run.
+        allow: packages or objects, besides those that bundles need, that configs may run; ``"scripts"`` allows programs
+            of the archive's own that are others than those of the package installed here.
         limits: what it may unpack to.
-        run_code: when all of this is fine, also make the network with the archive's own code, and load the weights.
+        run_code: its programs are trusted, so when all of this is fine, also make the network with them, and load the
+            weights.
 
     Raises:
         BadInput: there is no such file.
@@ -121,7 +123,8 @@ def verify_archive(
         files = _digest(archive, report, Path(folder))
         if report.bundle:
             report.done["archive"] = f"{len(files)} files in one folder, {_megabytes(archive)}"
-            _inspect(Path(folder) / report.bundle, files, report, allow, limits)
+            trusted = run_code or "scripts" in allow
+            _inspect(Path(folder) / report.bundle, files, report, allow, limits, trusted)
         if run_code and report.fine:
             _run_code(Path(folder) / report.bundle, report)
     return report
@@ -188,13 +191,15 @@ def _digest(archive: zipfile.ZipFile, report: Report, folder: Path) -> dict[str,
     return digests
 
 
-def _inspect(root: Path, files: Mapping[str, str], report: Report, allow: Sequence[str], limits: Limits) -> None:
+def _inspect(
+    root: Path, files: Mapping[str, str], report: Report, allow: Sequence[str], limits: Limits, trusted: bool
+) -> None:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", lambda: _check_kinds(files, report)),
         ("digests", lambda: _check_digests(root, files, report)),
         ("weights", lambda: _check_weights(root, files, report, limits)),
         ("metadata", lambda: _check_metadata(root, files, report)),
-        ("code", lambda: _check_code(files, report)),
+        ("code", lambda: _check_code(files, report, trusted)),
         ("configs", lambda: _check_configs(root, files, report, allow)),
     ]
     for name, check in checks:
@@ -336,8 +341,8 @@ def _check_metadata(root: Path, files: Mapping[str, str], report: Report) -> str
     return f"follows MONAI's schema; returns {', '.join(map(str, names))}"
 
 
-def _check_code(files: Mapping[str, str], report: Report) -> str:
-    """Whether the programs in ``scripts`` are those of the package that is installed here."""
+def _check_code(files: Mapping[str, str], report: Report, trusted: bool) -> str:
+    """Whether the programs in ``scripts`` are those of the package installed here, or of a trusted maker."""
     here = {
         f"scripts/common/{path.relative_to(PACKAGE).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
         for suffix in ("py", "json")
@@ -349,10 +354,14 @@ def _check_code(files: Mapping[str, str], report: Report) -> str:
     if not other:
         return f"the {len(scripts)} files in scripts are those of the package installed here"
     shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
-    report.notes.append(
-        f"scripts: {len(other)} of {len(scripts)} files are not those of the package installed here: {shown}. They may "
-        "be of another version. They are programs: use them when you trust their maker, or read them first."
+    words = (
+        f"{len(other)} of {len(scripts)} files are not those of the package installed here: {shown}. They may be of "
+        "another version. They are programs: use them when you trust their maker, or read them first"
     )
+    if trusted:
+        report.notes.append(f"scripts: {words}.")
+    else:
+        report.blame("code", "scripts", f"{words}. If they are fine: --allow scripts.")
     return f"{len(scripts)} files in scripts, {len(other)} of them unknown here"
 
 
@@ -434,8 +443,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PREFIX",
-        help="a Python package or object that the configs may run, besides what bundles need; may be given several "
-        "times",
+        help="a Python package or object that the configs may run, besides what bundles need, or `scripts` for "
+        "programs that differ from those installed here; may be given several times",
     )
     parser.add_argument(
         "--max-size", type=float, default=Limits.size / 1e9, metavar="GB", help="most that it unpacks to"

@@ -455,9 +455,13 @@ def test_more_can_be_allowed(mutate: Mutate) -> None:
     assert not problems(mutate(edit(INFERENCE, amp="$@features.copy()")), allow=["(...).copy"])
 
 
-def test_code_that_is_not_the_installed_is_noted(mutate: Mutate, files: dict[str, bytes]) -> None:
+def test_code_that_is_not_the_installed_has_to_be_allowed(mutate: Mutate, files: dict[str, bytes]) -> None:
     name = "scripts/common/errors.py"
-    report = verify_archive(mutate(_set(name, files[name] + b"# more\n")))
+    path = mutate(_set(name, files[name] + b"# more\n"))
+    ((check, _, problem),) = verify_archive(path).problems
+    assert check == "code"
+    assert "--allow scripts" in problem
+    report = verify_archive(path, allow=["scripts"])
     assert report.fine
     assert len(report.notes) == 1
     assert f"1 of {sum(file.startswith('scripts/') for file in files)} files" in report.notes[0]
@@ -474,7 +478,7 @@ def test_code_is_run_only_when_asked_for(
         edit(INFERENCE, attention_stages=[])(files)
 
     path = mutate(change)
-    assert verify_archive(path).fine
+    assert verify_archive(path, allow=["scripts"]).fine
     assert not mark.exists()
     report = verify_archive(path, run_code=True)
     assert mark.exists()

@@ -183,7 +183,8 @@ def _digest(archive: zipfile.ZipFile, report: Report, folder: Path) -> dict[str,
                 while chunk := source.read(_CHUNK):
                     digest.update(chunk)
                     copy.write(chunk)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+            # The last two: flags that zipfile knows no way to read, names that are no text.
             report.blame("archive", name, f"can't be unpacked ({error}). Copy or download the archive again.")
             return {}
         digests[name] = digest.hexdigest()

@@ -455,6 +455,27 @@ def test_more_can_be_allowed(mutate: Mutate) -> None:
     assert not problems(mutate(edit(INFERENCE, amp="$@features.copy()")), allow=["(...).copy"])
 
 
+@pytest.mark.parametrize(
+    ("signature", "offset", "value"),
+    [(b"PK\x01\x02", 8, b"\x20"), (b"PK\x01\x02", 8, b"\x40"), (b"PK\x03\x04", 30, b"\xff\xff")],
+    ids=["patched", "strongly encrypted", "a name that is no text"],
+)
+def test_entries_that_can_not_be_read(
+    signature: bytes, offset: int, value: bytes, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    content = bytearray(packed[TOP].read_bytes())
+    # The last entry of the directory, or the first file: weights in between are archives, too.
+    place = content.rindex(signature) if signature == b"PK\x01\x02" else content.index(signature)
+    if offset == 30:
+        content[place + 6 : place + 8] = b"\x00\x08"  # names are in UTF-8
+    content[place + offset : place + offset + len(value)] = value
+    path = tmp_path / "flags.zip"
+    path.write_bytes(content)
+    (found,) = verify_archive(path).problems
+    assert found[0] == "archive"
+    assert "can't be unpacked" in found[2]
+
+
 def test_code_that_is_not_the_installed_has_to_be_allowed(mutate: Mutate, files: dict[str, bytes]) -> None:
     name = "scripts/common/errors.py"
     path = mutate(_set(name, files[name] + b"# more\n"))

@@ -124,10 +124,8 @@ def command_line(
         settings["amp"] = record["amp"]
     if datalist is not None:
         settings |= {"dataset_dir": datalist.resolve().parent, "datalist": datalist.resolve()}
-    loaded = loaded_checkpoint(record["config"])
     for role, path in (weights or {}).items():
-        setting = f"{role}_path" if f"{role}_path" in record["config"] else f"teacher_paths#{role}"
-        settings[loaded[0] if loaded and role == "start" else setting] = path.resolve()
+        settings[_weights_setting(role, record["config"])] = path.resolve()
     for key, value in settings.items():
         command += [f"--{key}", str(value)]
     variables = {"OMP_NUM_THREADS": str(made_with["threads"])} if on_cpu else {}
@@ -135,6 +133,13 @@ def command_line(
         variables["PYTHONPATH"] = record["bundle_folder"]
     folder = Path(record.get("folder", "."))
     return command, variables, folder if folder.is_dir() else Path.cwd()
+
+
+def _weights_setting(role: str, config: Mapping[str, Any]) -> str:
+    """The setting that names the file of a role's weights."""
+    if role == "start" and (loaded := loaded_checkpoint(config)):
+        return loaded[0]
+    return f"{role}_path" if f"{role}_path" in config else f"teacher_paths#{role}"
 
 
 def _weights(pairs: list[str], parents: Mapping[str, Any]) -> dict[str, Path]:

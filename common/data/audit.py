@@ -173,9 +173,8 @@ def _patients(cases: Sequence[Case]) -> Iterator[Finding]:
                 continue  # what so many names begin with is the data set's, what so many headers say is nobody's
             for case in group:
                 others = [other for other in group if other is not case and doubted(case[1], other[1])]
-                for judged, other, _ in _leaks([*others, case]):
-                    if judged is case:
-                        yield case[0].finding("patient", "warning", message.format(_where(other)))
+                own = (other for judged, other, _ in _leaks([*others, case]) if judged is case)
+                yield from (case[0].finding("patient", "warning", message.format(_where(other))) for other in own)
 
 
 # By what cases may be of one patient, when that is in doubt, and what to say then.

@@ -104,18 +104,19 @@ def map_doubts(
     if not length:
         return doubts
     scale, given = LENGTHS.get(unit, 1.0), unit or "(no unit given; mm?)"
-    sides, what = np.asarray(values.shape) * spacing, "image"
-    if thickness and inside is not None:
-        sides, what = _sides(ndimage.find_objects(inside.astype(np.uint8))[0], spacing), "structure"
-    most = float(np.linalg.norm(sides))
+    structure = inside if thickness else None  # what a length lies in, where that is not the image
+    if structure is None:
+        most, what = float(np.linalg.norm(np.asarray(values.shape) * spacing)), "image"
+    else:
+        most, what = _across(ndimage.find_objects(structure.astype(np.uint8))[0], spacing), "structure"
     if highest * scale > most * _ROUNDING:
         words = f"{name} goes up to {highest:g} {given}, longer than the {what} itself, {most:.4g} mm across"
         doubts.append(("error" if unit else "warning", f"{words}. Another unit?"))
-    elif what == "structure":
+    elif structure is not None:
         # A piece that came off a wall may be thicker than itself, when its cavity lies elsewhere.
-        parts, number = ndimage.label(inside, np.ones((3,) * values.ndim))
+        parts, number = ndimage.label(structure, np.ones((3,) * values.ndim))
         highs = ndimage.maximum(np.where(counts, values, -np.inf), parts, range(1, number + 1))
-        wide = [float(np.linalg.norm(_sides(box, spacing))) for box in ndimage.find_objects(parts)]
+        wide = [_across(box, spacing) for box in ndimage.find_objects(parts)]
         beyond = [pair for pair in zip(highs, wide, strict=True) if pair[0] * scale > pair[1] * _ROUNDING]
         if beyond:
             high, across = max(beyond)
@@ -124,6 +125,6 @@ def map_doubts(
     return doubts
 
 
-def _sides(box: Sequence[slice], spacing: Sequence[float]) -> np.ndarray:
-    """Of a box with a voxel on each side, in mm."""
-    return np.array([part.stop - part.start + 2 for part in box]) * spacing
+def _across(box: Sequence[slice], spacing: Sequence[float]) -> float:
+    """The diagonal of a box with a voxel on each side, mm."""
+    return float(np.linalg.norm(np.array([part.stop - part.start + 2 for part in box]) * spacing))

@@ -89,15 +89,9 @@ _OBJECTS = frozenset(
         *(
             f"scripts.common.engines.{name}"
             for name in (
-                *("SemiSupervisedTrainer", "check_evaluation", "distributed_device", "leave", "load_teacher"),
-                *(
-                    "load_weights",
-                    "organ_teachers.load_organ_teachers",
-                    "predict",
-                    "prediction.leave_in_place",
-                    "preflight",
-                ),
-                *("selected_on", "start", "start_distributed", "start_from", "stop_distributed"),
+                *("SemiSupervisedTrainer", "check_evaluation", "distributed_device", "load_teacher", "load_weights"),
+                *("organ_teachers.load_organ_teachers", "predict", "prediction.leave_in_place", "preflight"),
+                *("leave", "selected_on", "start", "start_distributed", "start_from", "stop_distributed"),
             )
         ),
         "scripts.common.losses.weighting.parameter_groups",

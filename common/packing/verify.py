@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,7 @@ def verify_config(path: str | Path, allow: Sequence[str] = ()) -> Report:
     # Called as in a packed bundle, which is how the list knows what is the project's own.
     named = carried({"train.json": {"initialize": [], "run": []}, **below, "it": config})
     # What the configs below it have imported, it may use by those names.
-    names = {alias: full for other in named.values() for alias, full in import_names(other).items()}
-    report.uses += config_uses(path.name, named["it"], names, allow)
+    report.uses += config_uses(path.name, named["it"], _names(named.values(), report), allow)
     _blame_uses(report)
     if report.fine:
         report.done["configs"] = _objects(report, allow)
@@ -372,11 +371,7 @@ def _check_configs(root: Path, files: Mapping[str, str], report: Report, allow: 
         for name in files
         if name.startswith("configs/") and name.endswith(".json") and name != METADATA
     }
-    names: dict[str, str] = {}
-    for config in configs.values():
-        for alias, full in import_names(config).items():
-            if names.setdefault(alias, full) != full:
-                report.blame("configs", alias, f"stands for {names[alias]} in one config, for {full} in another.")
+    names = _names(configs.values(), report)
     for name, config in configs.items():
         report.uses += config_uses(name, config, names, allow)
     for name in files:
@@ -384,6 +379,16 @@ def _check_configs(root: Path, files: Mapping[str, str], report: Report, allow: 
             report.uses += logging_uses(name, _text(root, name, report, "configs"))
     _blame_uses(report)
     return _objects(report, allow)
+
+
+def _names(configs: Iterable[Mapping[str, Any]], report: Report) -> dict[str, str]:
+    """Full names by those that the import statements of configs which are used together give."""
+    names: dict[str, str] = {}
+    for config in configs:
+        for alias, full in import_names(config).items():
+            if names.setdefault(alias, full) != full:
+                report.blame("configs", alias, f"stands for {names[alias]} in one config, for {full} in another.")
+    return names
 
 
 def _blame_uses(report: Report) -> None:

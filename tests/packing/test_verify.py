@@ -552,3 +552,7 @@ def test_a_plan_of_somebody_else(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "network" not in capsys.readouterr().out, "a config alone has none"
     plan.write_text("{")
     assert main(["verify", str(plan)]) == 1
+    plan.write_text(json.dumps({"imports": ["$import torch.nn as common"]}))
+    capsys.readouterr()
+    assert main(["verify", str(plan)]) == 1
+    assert "common: stands for" in capsys.readouterr().out, "what the configs below call `common` would be another's"

@@ -86,6 +86,7 @@ def map_doubts(
         label: (*spatial) label ids; with it only the values inside the target's structure count, as in a training.
     """
     name, unit = target["name"], target.get("unit", "")
+    sides = np.asarray(spacing, dtype=float)  # MONAI's are tensors
     inside = None if label is None or not structure_ids(target) else np.isin(label, structure_ids(target))
     counts = np.isfinite(values) & (values != target.get("missing", 0))
     counts = counts if inside is None else counts & inside
@@ -106,9 +107,9 @@ def map_doubts(
     scale, given = LENGTHS.get(unit, 1.0), unit or "(no unit given; mm?)"
     structure = inside if thickness else None  # what a length lies in, where that is not the image
     if structure is None:
-        most, what = float(np.linalg.norm(np.asarray(values.shape) * spacing)), "image"
+        most, what = float(np.linalg.norm(np.asarray(values.shape) * sides)), "image"
     else:
-        most, what = _across(ndimage.find_objects(structure.astype(np.uint8))[0], spacing), "structure"
+        most, what = _across(ndimage.find_objects(structure.astype(np.uint8))[0], sides), "structure"
     if highest * scale > most * _ROUNDING:
         words = f"{name} goes up to {highest:g} {given}, longer than the {what} itself, {most:.4g} mm across"
         doubts.append(("error" if unit else "warning", f"{words}. Another unit?"))
@@ -116,7 +117,7 @@ def map_doubts(
         # A piece that came off a wall may be thicker than itself, when its cavity lies elsewhere.
         parts, number = ndimage.label(structure, np.ones((3,) * values.ndim))
         highs = ndimage.maximum(np.where(counts, values, -np.inf), parts, range(1, number + 1))
-        wide = [_across(box, spacing) for box in ndimage.find_objects(parts)]
+        wide = [_across(box, sides) for box in ndimage.find_objects(parts)]
         beyond = [pair for pair in zip(highs, wide, strict=True) if pair[0] * scale > pair[1] * _ROUNDING]
         if beyond:
             high, across = max(beyond)
@@ -125,6 +126,6 @@ def map_doubts(
     return doubts
 
 
-def _across(box: Sequence[slice], spacing: Sequence[float]) -> float:
+def _across(box: Sequence[slice], spacing: np.ndarray) -> float:
     """The diagonal of a box with a voxel on each side, mm."""
     return float(np.linalg.norm(np.array([part.stop - part.start + 2 for part in box]) * spacing))

@@ -48,9 +48,8 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss, deep_supervision_weights, sigmoid_ramp_up
-from ..networks import SegmentationNetwork
 from ..networks.diffusion import AggregatingDecouplingNetwork
-from .base import Method, refuse_partial_labels
+from .base import Method, Segmenter, refuse_partial_labels
 
 __all__ = ["AggregatingDecoupling", "DifficultyWeights", "ddim_sample", "reparameterize_and_smooth"]
 
@@ -174,7 +173,7 @@ class AggregatingDecoupling(Method):
     """A&D.
 
     Args:
-        network: a :class:`~common.networks.SegmentationNetwork`. Its encoder is the shared one and its decoder is
+        network: a :class:`~common.networks.SegmentationNetwork` or a V-Net. Its encoder is the shared one and its decoder is
             theta; xi, psi and what else they need is added beside them.
         class_names: names of the classes, background first, for the log.
         segmentation_loss: Dice + cross-entropy of the unweighted terms.
@@ -193,7 +192,7 @@ class AggregatingDecoupling(Method):
 
     def __init__(
         self,
-        network: SegmentationNetwork,
+        network: Segmenter,
         class_names: Sequence[str],
         segmentation_loss: SegmentationLoss | None = None,
         unlabeled_weight: float = 10.0,

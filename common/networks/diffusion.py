@@ -1,21 +1,24 @@
 """A segmentation network with a denoising branch beside it: one encoder, two stems, three decoders.
 
 The network of "Towards Generic Semi-Supervised Framework for Volumetric Medical Image Segmentation" (Wang & Li, NeurIPS
-2023) on nnU-Net's encoder and decoder; the step embedding is that of denoising diffusion (Ho, Jain & Abbeel, NeurIPS
+2023) on nnU-Net's encoder and decoder, or on the V-Net's, which the paper has; the step embedding is that of denoising diffusion (Ho, Jain & Abbeel, NeurIPS
 2020).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .unet import SegmentationNetwork, initialise
+from .unet import Decoder, SegmentationNetwork, initialise
+from .vnet import VNet, VNetDecoder, VNetEncoder
 
 __all__ = ["AggregatingDecouplingNetwork", "StepEmbedding"]
 
@@ -52,9 +55,12 @@ class AggregatingDecouplingNetwork(nn.Module):
     ``encoder`` and ``segmentation_decoder`` are those of the network that is given, shared and not copied, so training
     this network trains that one, and their weights have its names. The other parts start from random weights.
 
+    Batch norms, which the V-Net has, keep the running statistics of images alone: the deployed network never sees a
+    noisy label.
+
     The step moves each stage's first block, in encoder and diffusion decoder, by a shift a channel *between* its norm
     and its activation. Behind the activation it would be lost: what is constant over the volume passes a convolution as
-    a constant, which the next instance norm takes away.
+    a constant, which the next norm takes away.
 
     Args:
         network: gives encoder and segmentation decoder, and the settings of the other parts.
@@ -62,7 +68,7 @@ class AggregatingDecouplingNetwork(nn.Module):
         embedding: length of the step's embedding.
     """
 
-    def __init__(self, network: SegmentationNetwork, diffusion: bool = True, embedding: int = 512) -> None:
+    def __init__(self, network: SegmentationNetwork | VNet, diffusion: bool = True, embedding: int = 512) -> None:
         super().__init__()
         encoder, decoder = network.encoder, network.segmentation_decoder
         self.num_classes = decoder.heads[-1].get_parameter("weight").shape[0]
@@ -96,8 +102,10 @@ class AggregatingDecouplingNetwork(nn.Module):
         self.encoder.check_size(image)
         decoder = self.diffusion_decoder
         assert decoder is not None, "it was made without the denoising branch"
-        embedding = self.step_embedding(step)
-        x = torch.cat([image, noisy.to(image.dtype)], dim=1)
+        with _without_running_statistics(self):
+            return self._denoise(decoder, torch.cat([image, noisy.to(image.dtype)], dim=1), self.step_embedding(step))
+
+    def _denoise(self, decoder: Decoder | VNetDecoder, x: Tensor, embedding: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
         for index, (stage, shift) in enumerate(zip(self.encoder.stages, self.encoder_shifts, strict=True)):
             blocks = list(stage.children())
@@ -105,16 +113,32 @@ class AggregatingDecouplingNetwork(nn.Module):
                 blocks[0] = self.noisy_stem
             x = _shifted(blocks, x, shift(embedding))
             features.append(x)
+        if isinstance(self.encoder, VNetEncoder):
+            features[-1] = x = self.encoder.dropout(x)
         decoded: list[Tensor] = []
         stages = zip(decoder.upsampling, decoder.stages, self.decoder_shifts, reversed(features[:-1]), strict=True)
         for upsample, stage, shift, skip in stages:
-            x = _shifted(list(stage.children()), torch.cat([upsample(x), skip], dim=1), shift(embedding))
+            x = _shifted(list(stage.children()), decoder.join(upsample(x), skip), shift(embedding))
             decoded.append(x)
         return decoder.logits(decoded)
 
     def forward(self, image: Tensor) -> Tensor:
         """The segmentation decoder's logits (B, K, *spatial) of an image (B, C, *spatial)."""
         return self.segmentation_decoder.logits(self.segmentation_decoder(self.encode(image)))[0]
+
+
+@contextmanager
+def _without_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms inside ``network`` normalise as ever, and learn nothing for their use in inference."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _anew(part: _Part) -> _Part:

@@ -258,9 +258,13 @@ class Decoder(nn.Module):
         x = features[-1]
         decoded: list[Tensor] = []
         for index, (upsample, stage) in enumerate(zip(self.upsampling, self.stages)):  # noqa: B905 (TorchScript)
-            x = stage(torch.cat([upsample(x), features[-2 - index]], dim=1))
+            x = stage(self.join(upsample(x), features[-2 - index]))
             decoded.append(x)
         return decoded
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """What comes up from the stage below, and the encoder's features of this stage, as a stage's input."""
+        return torch.cat([x, skip], dim=1)
 
     def full_resolution(self, decoded: list[Tensor]) -> Tensor:
         """The last stage's head at the image's resolution, (B, out_channels, *spatial), in float32 or better."""

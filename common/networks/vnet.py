@@ -141,9 +141,13 @@ class VNetDecoder(nn.Module):
         x = features[-1]
         decoded: list[Tensor] = []
         for index, (upsample, stage) in enumerate(zip(self.upsampling, self.stages)):  # noqa: B905 (TorchScript)
-            x = stage(upsample(x) + features[-2 - index])
+            x = stage(self.join(upsample(x), features[-2 - index]))
             decoded.append(x)
         return decoded
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """What comes up from the stage below, and the encoder's features of this stage, as a stage's input."""
+        return x + skip
 
     def full_resolution(self, decoded: list[Tensor]) -> Tensor:
         """The head's output (B, out_channels, *spatial), in float32 or better."""

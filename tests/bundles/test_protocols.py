@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundle_runs import config
+from bundle_runs import config, recipe_files
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import KeepLargestConnectedComponentd
@@ -17,6 +17,10 @@ import common.data
 import common.engines
 import common.networks
 import common.transforms
+from common.compare import Recipe, read_recipes
+from common.data import collate_plain
+from common.engines import SemiSupervisedTrainer
+from common.networks import save_weights
 from common.networks.vnet import VNet
 
 LEFT_ATRIUM = "protocols/left_atrium.json"
@@ -133,6 +137,58 @@ def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice()
     dice = 1 - (2 * (p * y).sum() + 1e-5) / (p.square().sum() + y.square().sum() + 1e-5)
     expected = 0.5 * (torch.nn.functional.cross_entropy(logits, label[:, 0]) + dice)
     torch.testing.assert_close(loss([logits], label), expected)
+
+
+@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
+def test_every_recipe_takes_a_step_on_the_v_net(recipe: Recipe, tmp_path: Path) -> None:
+    """Its own optimisers, views and losses under the protocol's schedule."""
+    torch.manual_seed(0)
+    files = recipe_files(recipe.name) if recipe.overlays else []
+    overlays = [LEFT_ATRIUM] if recipe.has_own_views else [LEFT_ATRIUM, STRONG_VIEW]
+    parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
+    parser.read_config([config("student", "train.json"), *files, *(config("student", name) for name in overlays)])
+    parser.update({"device": "cpu", "features": SMALL, "patch_size": [32, 32, 32]})
+    if parser["teacher_path"] is not None:
+        parser["teacher_path"] = str(tmp_path / "teacher.pt")
+        save_weights(parser.get_parsed_content("teacher_def"), tmp_path / "teacher.pt")
+    method = parser.get_parsed_content("train#method")
+    crops = [torch.randn(1, 32, 32, 32) for _ in range(4)]
+    streams = {
+        "labeled": [{"image": MetaTensor(crop), "label": MetaTensor((crop > 0).byte())} for crop in crops[:2]],
+        "unlabeled": [{"image": MetaTensor(crop)} for crop in crops[2:]],
+    }
+    views = {"labeled": "train#augmentation", "unlabeled": "train#unlabeled_augmentation"}
+    batch = {
+        stream: collate_plain([parser.get_parsed_content(views[stream])(case) for case in cases])
+        for stream, cases in streams.items()
+    }
+    optimizer = parser.get_parsed_content("train#optimizer")
+    scheduler = parser.get_parsed_content("train#lr_scheduler")
+    assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
+    before = {key: value.clone() for key, value in method.deployed.state_dict().items()}
+    trainer = SemiSupervisedTrainer("cpu", 1, [batch, batch], method, optimizer, False, parser["gradient_clip"])
+    trainer.run()
+    state = method.deployed.state_dict()
+    assert all(torch.isfinite(value).all() for value in state.values())
+    assert any(not torch.equal(state[key], value) for key, value in before.items())
+    assert isinstance(method.deployed, VNet)
+
+
+def test_ase_net_has_its_rates_and_lets_that_of_the_network_fall_alone() -> None:
+    """Discriminators: SGD at 0.01, held. Network: Adam at 0.001, a tenth of it after 2500 steps."""
+    parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
+    parser.read_config([config("student", "train.json"), *recipe_files("ase_net"), config("student", LEFT_ATRIUM)])
+    parser.update({"device": "cpu", "features": SMALL})
+    optimizers, scheduler = (parser.get_parsed_content(f"train#{key}") for key in ("optimizer", "lr_scheduler"))
+    assert {name: type(o).__name__ for name, o in optimizers.items()} == {"discriminators": "SGD", "network": "Adam"}
+    rates = []
+    for _ in range(2501):
+        rates.append([o.param_groups[0]["lr"] for o in optimizers.values()])
+        for o in optimizers.values():
+            o.step()
+        scheduler.step()
+    assert rates[2499] == pytest.approx([0.01, 0.001])
+    assert rates[2500] == pytest.approx([0.01, 0.0001])
 
 
 def test_it_trains_and_evaluates(workflow: Callable[..., None], phantoms: Path, tmp_path: Path) -> None:

@@ -537,5 +537,5 @@ def test_every_key_of_the_overlays_is_one_of_the_config(names):
     for name in names:
         overlay = json.loads(Path(config("student", f"recipes/{name}.json")).read_text())
         for key, value in overlay.items():
-            assert key.startswith("_") or key == "discriminator_learning_rate" or key in parser, key
+            assert key.startswith("_") or key in parser, key
             parser[key] = value

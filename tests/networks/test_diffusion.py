@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.errors import BadInput
 from common.networks import SegmentationNetwork
 from common.networks.diffusion import AggregatingDecouplingNetwork, StepEmbedding
+from common.networks.vnet import VNet
 
 SMALL = {
     "spatial_dims": 3,
@@ -122,6 +123,39 @@ def test_image_noisy_label_and_step_all_matter():
             assert not torch.allclose(denoised(network, image, noisy, 5), base)
             with torch.no_grad():
                 shift.weight.copy_(before)
+
+
+def test_denoising_on_the_v_net():
+    """Skips are added, as in the network itself, and the running statistics stay those of images."""
+    torch.manual_seed(0)
+    plain = VNet(3, 1, 3, features=[2, 4, 4], convolutions=[1, 2, 2], dropout=0.0)
+    network = AggregatingDecouplingNetwork(plain)
+    image, noisy = torch.randn(2, 1, 8, 8, 8), torch.randn(2, 3, 8, 8, 8)
+    with torch.no_grad():  # a stem that sees the image alone, shifts of nothing, and the same decoder
+        stem = network.noisy_stem.get_submodule("conv")
+        stem.weight.zero_()
+        stem.weight[:, :1] = plain.encoder.stages[0][0].conv.weight
+        stem.bias.copy_(plain.encoder.stages[0][0].conv.bias)
+        for shift in [*network.encoder_shifts, *network.decoder_shifts]:
+            shift.weight.zero_(), shift.bias.zero_()
+        network.diffusion_decoder.load_state_dict(plain.segmentation_decoder.state_dict())
+    before = {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
+    (denoised,) = network.denoise(image, noisy, torch.tensor([3, 400]))
+    state = network.state_dict()
+    assert before
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    torch.testing.assert_close(denoised, plain(image))
+    assert any(not torch.equal(state[key], value) for key, value in before.items()), "an image moves them"
+
+
+@pytest.mark.parametrize(("probability", "same"), [(0.0, True), (0.5, False)])
+def test_denoising_on_the_v_net_has_its_dropout(probability, same):
+    torch.manual_seed(0)
+    network = AggregatingDecouplingNetwork(VNet(3, 1, 2, features=[4, 8], convolutions=[1, 1], dropout=probability))
+    network.diffusion_decoder.dropout = nn.Identity()
+    image, noisy = torch.randn(1, 1, 8, 8, 8), torch.randn(1, 2, 8, 8, 8)
+    first, second = (network.denoise(image, noisy, torch.tensor([5]))[0] for _ in range(2))
+    assert torch.equal(first, second) == same
 
 
 def test_a_shift_of_nothing_leaves_the_plain_stages():

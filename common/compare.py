@@ -20,13 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import Comparison
-from .data.datalist import load_section, read_datalist
+from .data.datalist import SECTIONS, case_name, first_path, load_section, read_datalist
 from .errors import BadInput
 from .files import write_atomically
 from .provenance import file_digest
 from .study import ROOT, Study
 
-__all__ = ["Recipe", "add_arguments", "check_earlier", "choose_recipes", "describe", "main", "read_recipes"]
+__all__ = [
+    "Recipe",
+    "add_arguments",
+    "check_earlier",
+    "choose_recipes",
+    "describe",
+    "main",
+    "read_recipes",
+    "with_test_labels",
+]
 
 OWN, SUPERVISED, TEACHER, UPPER_BOUND = "distillation", "supervised", "teacher", "supervised_all"
 _CONFIGS = ROOT / "bundles" / "student" / "configs"
@@ -195,13 +204,40 @@ def describe(
     if upper_bound is not None:
         runs[UPPER_BOUND] = supervised(upper_bound, epochs, "Supervised, all labels")
     return {
-        "title": f"Comparison on {datalist}, {steps} steps",
+        "title": f"Comparison on {Path(datalist).name}, {steps} steps",
         **({"plan": dict(plan)} if plan is not None else {}),
         # Validation during a training chooses nothing, so there is one, at the end.
         "set": {"iterations_per_epoch": iterations_per_epoch, "val_interval": epochs, **(settings or {})},
         "evaluate": {"postprocessing#output_dir": "$@output_dir + '/predictions'"},
         "runs": runs,
     }
+
+
+def with_test_labels(datalist: Path, labels_from: Path) -> dict[str, Any]:
+    """A datalist whose ``testing`` cases are its unlabelled images, with the labels that another one gives them.
+
+    A transductive protocol: what is tested on was learnt from, without labels. Benchmarks without test cases of their
+    own leave nothing else.
+
+    Args:
+        datalist: with ``training`` and ``unlabeled``.
+        labels_from: lists the same images with labels, in its ``training``.
+
+    Raises:
+        BadInput: an unlabelled image that ``labels_from`` has no label for.
+    """
+    content = read_datalist(datalist)
+    sections = {name: load_section(content, name) for name in ("training", "unlabeled")}
+    labelled = {first_path(entry["image"]): entry for entry in load_section(labels_from, "training")}
+    missing = [case_name(entry) for entry in sections["unlabeled"] if first_path(entry["image"]) not in labelled]
+    if missing:
+        raise BadInput(
+            f"--test-labels {labels_from}: its `training` lacks {len(missing)} of the images that {datalist} lists as "
+            f"`unlabeled`, such as {missing[0]}."
+        )
+    testing = [labelled[first_path(entry["image"])] for entry in sections["unlabeled"]]
+    kept = {key: value for key, value in content.items() if key not in ("folder", "path", *SECTIONS)}
+    return {**kept, **sections, "testing": testing}
 
 
 def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any]:
@@ -241,6 +277,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the datalists")
     parser.add_argument("--datalist", default="datalist.json", help="file name in that folder")
     parser.add_argument("--upper-bound", metavar="DATALIST", help="all labels, for one more supervised row")
+    parser.add_argument(
+        "--test-labels",
+        metavar="DATALIST",
+        help="test on the unlabelled images (transductive), with the labels that this datalist's training has of them",
+    )
     parser.add_argument("--steps", type=int, required=True, help="of every row, a teacher's steps included")
     parser.add_argument("--iterations-per-epoch", type=int, default=50)
     parser.add_argument("--seeds", default="0", help="comma-separated, for instance 0,1,2")
@@ -297,16 +338,24 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
 def main(options: argparse.Namespace) -> int:
     """Train, evaluate, write table, tests and picture; returns 1 when a run failed."""
     data, output = options.data.resolve(), options.output.resolve()
-    lists = [name for name in (options.datalist, options.upper_bound) if name is not None]
+    lists = [name for name in (options.datalist, options.upper_bound, options.test_labels) if name is not None]
     for name in lists:
         load_section(read_datalist(data / name), "training")
     load_section(data / options.datalist, "unlabeled")
     settings = _settings(options.set)
-    load_section(data / options.datalist, settings.get("section", "validation"))
+    datalist, content = options.datalist, None
+    if options.test_labels is None:
+        load_section(data / datalist, settings.get("section", "validation"))
+    else:
+        if options.upper_bound is not None or "section" in settings:
+            raise BadInput("--test-labels: give neither --upper-bound, which would learn them, nor another section.")
+        settings["section"] = "testing"
+        content = with_test_labels(data / datalist, data / options.test_labels)
+        datalist = str(output / "datalist.json")
     optimizer = {"learning_rate": options.learning_rate, "momentum": options.momentum}
     description = describe(
         choose_recipes(options.recipes, read_recipes()),
-        options.datalist,
+        datalist,
         options.steps,
         options.iterations_per_epoch,
         options.upper_bound,
@@ -315,11 +364,18 @@ def main(options: argparse.Namespace) -> int:
         _plan(options),
         options.protocol,
     )
+    if content is not None:
+        description["note"] = (
+            "Transductive: tested on the unlabelled images, from which all rows but the supervised one learnt without "
+            "labels."
+        )
     description["data"] = {name: _digest(data / name) for name in lists}
     rows = [name for name in description["runs"] if name != TEACHER]
     if options.reference not in rows:
         raise BadInput(f"--reference {options.reference!r}: there is no such row; choose from {', '.join(rows)}.")
     record = check_earlier(description, output)
+    if content is not None:
+        write_atomically(Path(datalist), json.dumps(content, indent=2))
     study = Study(description, data, output, _seeds(options.seeds), options.device)
     write_atomically(output / "study.json", json.dumps(record, indent=2))
     failures = [] if options.only_table else study.run_all(jobs=options.jobs)

@@ -103,6 +103,7 @@ class Comparison:
         content = {
             "title": self.study.description.get("title", "Comparison"),
             "machine": machine(),
+            "note": self.study.description.get("note"),
             "seeds": self.study.seeds,
             "conventions": CONVENTIONS,
             "rows": [self.row(run) for run in self.runs],
@@ -211,6 +212,8 @@ class Comparison:
         unfair = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
         columns = [{**column, "better": None} if column["key"] in unfair else column for column in _TABLE]
         lines += [markdown_table(columns, rows), ""]
+        if "note" in self.study.description:
+            lines += [self.study.description["note"], ""]
         if any(run.teacher for run in self.runs):
             lines += ["Rows that start from a teacher: its steps and minutes are counted among theirs.", ""]
         lines += [

@@ -246,6 +246,22 @@ def test_what_is_done_is_kept_and_rows_can_be_added(
     assert set(json.loads((output / "study.json").read_text())["runs"]) >= {"bcp", "cps", "ua_mt"}
 
 
+@pytest.mark.usefixtures("untracked")
+def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: list[list[str]], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert main(options(data, output, "--test-labels", "full.json")) == 0
+    content = json.loads((output / "datalist.json").read_text())
+    assert [Path(entry["label"]).name for entry in content["testing"]] == ["b_label.nii", "c_label.nii"]
+    assert [list(entry) for entry in content["unlabeled"]] == [["image"], ["image"]], "no training sees these labels"
+    assert [Path(entry["image"]).name for entry in content["training"]] == ["a.nii"]
+    assert "validation" not in content
+    assert {option(command, "datalist") for command in calls} == {str(output / "datalist.json")}
+    assert {option(command, "section") for command in calls} == {"testing"}
+    result = json.loads((output / "compare.json").read_text())
+    assert "Transductive" in result["note"]
+    assert result["note"] in (output / "compare.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -258,6 +274,9 @@ def test_what_is_done_is_kept_and_rows_can_be_added(
         (["--jobs", "0"], "--jobs 0"),
         (["--datalist", "none.json"], "none.json"),
         (["--upper-bound", "none.json"], "none.json"),
+        (["--test-labels", "none.json"], "none.json"),
+        (["--test-labels", "full.json", "--upper-bound", "full.json"], "would learn them"),
+        (["--test-labels", "datalist.json"], "lacks 2 of the images"),
     ],
 )
 @pytest.mark.usefixtures("untracked")

@@ -173,8 +173,8 @@ class AggregatingDecoupling(Method):
     """A&D.
 
     Args:
-        network: a :class:`~common.networks.SegmentationNetwork` or a V-Net. Its encoder is the shared one and its decoder is
-            theta; xi, psi and what else they need is added beside them.
+        network: a :class:`~common.networks.SegmentationNetwork` or a V-Net. Its encoder is the shared one and its
+            decoder is theta; xi, psi and what else they need is added beside them.
         class_names: names of the classes, background first, for the log.
         segmentation_loss: Dice + cross-entropy of the unweighted terms.
         unlabeled_weight: mu.

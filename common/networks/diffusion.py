@@ -1,8 +1,8 @@
 """A segmentation network with a denoising branch beside it: one encoder, two stems, three decoders.
 
 The network of "Towards Generic Semi-Supervised Framework for Volumetric Medical Image Segmentation" (Wang & Li, NeurIPS
-2023) on nnU-Net's encoder and decoder, or on the V-Net's, which the paper has; the step embedding is that of denoising diffusion (Ho, Jain & Abbeel, NeurIPS
-2020).
+2023) on nnU-Net's encoder and decoder, or on the V-Net's, which the paper has; the step embedding is that of denoising
+diffusion (Ho, Jain & Abbeel, NeurIPS 2020).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What a person sees while a network trains: a bar with the time left, a line an epoch, curves at the end."""
+"""What a person sees while a network trains: a bar with the time left, a line an epoch, and at the end curves."""
 
 from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .pictures import save_curves
 __all__ = ["Progress"]
 
 logger = logging.getLogger(__name__)
+#: share of the training's time from which on waiting for data is worth a word
+_STARVED = 0.1
 _SHOWN = ("train/loss", "train/kept/all", "val_")
 
 
@@ -25,7 +28,7 @@ class Progress:
     """A progress bar over all epochs, a log line an epoch, and ``curves.png`` when training completes.
 
     The figures drawn lie in ``history.json``: a list of (epoch, value) pairs by name. A resumed run goes on with those
-    of the epochs that it does not repeat.
+    of the epochs that it does not repeat. The last line says how long the steps waited for their data.
 
     Args:
         output_dir: folder for the curves and the figures.
@@ -37,12 +40,16 @@ class Progress:
         self.evaluator = evaluator
         self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
         self.bar: tqdm | None = None
+        self.waited = self.computed = self._since = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Register with the trainer. Only the first process of a distributed run shows anything."""
         if idist.get_rank() != 0:
             return
         engine.add_event_handler(Events.EPOCH_STARTED, self._open)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._lap)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self._received)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._lap)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._advance)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._close_on_error)
         if self.evaluator is not None:
@@ -77,7 +84,16 @@ class Progress:
         for name, points in saved.items():
             self.history[name] = [(epoch, value) for epoch, value in points if epoch < first]
 
+    def _lap(self) -> float:
+        """Seconds since the last call."""
+        last, self._since = self._since, time.perf_counter()
+        return self._since - last
+
+    def _received(self) -> None:
+        self.waited += self._lap()
+
     def _advance(self, engine: Engine) -> None:
+        self.computed += self._lap()
         assert self.bar is not None  # opened with the epoch
         output: Any = engine.state.output
         self.bar.set_postfix(loss=f"{output['loss']:.4g}", refresh=False)
@@ -108,5 +124,9 @@ class Progress:
             self.bar.close()
         else:  # resumed when all epochs were done, and the curves perhaps were not
             self._recall(engine.state.epoch + 1)
+        if self.computed > 0:
+            share = self.waited / (self.waited + self.computed)
+            advice = "; more num_workers, or fewer, may help" if share > _STARVED else ""
+            logger.info("Steps waited for data for %.1f %% of their time (%.0f s)%s", 100 * share, self.waited, advice)
         if self.history:
             save_curves(self.output_dir / "curves.png", dict(self.history))

@@ -77,7 +77,8 @@ def train(*handlers, method: Method | None = None) -> None:
 
 
 def lines(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "common.handlers.progress"]
+    said = [record.getMessage() for record in caplog.records if record.name == "common.handlers.progress"]
+    return [line for line in said if not line.startswith("Steps waited")]
 
 
 def test_a_line_an_epoch_and_curves_at_the_end(tmp_path, caplog):
@@ -101,6 +102,45 @@ def test_the_validation_is_in_the_line_of_its_epoch_only(tmp_path, caplog):
     assert handler.history["train/loss"] == [(1, 3.5), (2, 1.5)]
     assert handler.history["train/kept/wall"] == [(1, 0.125), (2, 0.625)]
     assert "val_matrix" not in handler.history
+
+
+@pytest.mark.parametrize(
+    ("loading", "said"), [(0.0, "0.0 % of their time (0 s)"), (6.0, "75.0 % of their time (24 s)")]
+)
+def test_waiting_for_data_is_said_at_the_end(loading, said, tmp_path, caplog, monkeypatch):
+    """Four steps of 2 s each, whose batches take their time; what happens between the epochs does not count."""
+    caplog.set_level(logging.INFO)
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+
+    def wait(seconds: float) -> None:
+        clock[0] += seconds
+
+    class Slow:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self):
+            for _ in range(2):
+                wait(loading)
+                yield {}
+
+    class Computing(Falling):
+        def forward(self, batch, optimizer=""):
+            wait(2.0)
+            return super().forward(batch, optimizer)
+
+    class Pause:
+        def attach(self, engine: Engine) -> None:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: wait(100.0))
+
+    method = Computing()
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    handlers = [Progress(str(tmp_path)), Pause()]
+    SemiSupervisedTrainer("cpu", 2, Slow(), method, optimizer, False, train_handlers=handlers).run()
+    (line,) = [record.getMessage() for record in caplog.records if "waited" in record.getMessage()]
+    assert said in line
+    assert ("num_workers" in line) == (loading > 0)
 
 
 def test_bar_runs_over_the_whole_training(tmp_path, bars):

@@ -2,6 +2,7 @@
 # make demo DATA=folder the same on your data (a folder with datalist.json)
 # make label STUDIES=folder  annotate its images with MONAI Label (PLAN=plan.json, PORT=8000)
 # make test             everything that checks the project
+# make bench            how fast everything is here, into output/bench.md; nothing else should run beside it
 # make test-nnunet      imported models against nnU-Net itself, in an environment of its own
 # make lint             ruff and mypy
 
@@ -22,7 +23,7 @@ export MPLCONFIGDIR := $(XDG_CACHE_HOME)/matplotlib
 export CUDA_CACHE_PATH := $(XDG_CACHE_HOME)/nv
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: setup demo label test test-nnunet lint
+.PHONY: setup demo label bench test test-nnunet lint
 
 setup: $(VENV)/.ready
 
@@ -35,6 +36,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 
 demo: setup
 	$(BIN)/python -m common demo --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
+
+bench: setup
+	mkdir -p output
+	$(BIN)/python -m benchmarks all | tee output/bench.md
 
 label: $(LABEL)/.ready
 	@test -n "$(STUDIES)" || { echo "Name the folder of your images: make label STUDIES=folder"; exit 2; }

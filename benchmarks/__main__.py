@@ -1,30 +1,46 @@
-"""``python -m benchmarks``: how fast everything is on this machine, as Markdown. See docs/performance.md."""
+"""How fast everything is on this machine, each figure beside a reference of the same run; see docs/performance.md.
+
+python -m benchmarks SECTION ...     # one section, printed as Markdown
+python -m benchmarks all             # one after the other; `make bench` does that and keeps what is printed
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
 import torch
 
-from benchmarks import plain_loop, training
+#: in the order of `all`
+SECTIONS = ("plain_loop", "training", "inference", "loading", "start_up", "dodnet", "dynamic_convolution")
 
-SECTIONS = {"plain_loop": plain_loop, "training": training}
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Print what a section measured."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="section", required=True)
-    for name, module in SECTIONS.items():
-        text = (module.__doc__ or "").strip()
-        command = commands.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    parsers = {name: commands.add_parser(name) for name in ("all", *SECTIONS)}
+    for command in parsers.values():
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        module.add_arguments(command)
-    options = parser.parse_args()
-    print(SECTIONS[options.section].main(options))
+    for name in arguments[:1]:
+        if name in SECTIONS:
+            module = importlib.import_module(f"benchmarks.{name}")
+            parsers[name].description = module.__doc__
+            parsers[name].formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(parsers[name])
+    options = parser.parse_args(arguments)
+    if options.section != "all":
+        print(importlib.import_module(f"benchmarks.{options.section}").main(options))
+        return
+    for name in SECTIONS:
+        print(f"## {name.replace('_', ' ').capitalize()}\n", flush=True)
+        main([name, "--device", options.device])
+        print(flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,7 @@
-"""What DoDNet's K tasks cost in one pass through encoder and decoder beside K whole passes, as a markdown table.
+"""What DoDNet's K tasks cost in one pass through encoder and decoder beside K whole passes.
 
-    python benchmarks/dodnet.py            # FLOPs, nothing is computed
-    python benchmarks/dodnet.py --seconds  # also seconds of one crop on this machine
+    python -m benchmarks dodnet            # FLOPs, nothing is computed
+    python -m benchmarks dodnet --seconds  # also seconds of one crop on this machine
 
 FLOPs are those of a forward pass of one crop, two a multiply-add; a whole pass is that of a network with one task.
 """
@@ -9,13 +9,13 @@ FLOPs are those of a forward pass of one crop, two a multiply-add; a whole pass 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import fastest, table
 from common.networks.dynamic_head import DynamicHeadNetwork
 
 # What it is for, features, and the crop in voxels; every stage but the first halves the crop.
@@ -24,7 +24,6 @@ SIZES = (
     ("nnU-Net, 3D", (32, 64, 128, 256, 320, 320), (128, 128, 128)),
 )
 TASKS = (2, 4, 7, 14)
-REPEATS = 5
 
 
 def make(features: Sequence[int], tasks: int) -> DynamicHeadNetwork:
@@ -44,21 +43,14 @@ def flops(features: Sequence[int], crop: Sequence[int], tasks: int) -> int:
 def seconds(network: nn.Module, crop: Sequence[int], device: torch.device) -> float:
     """The fastest of some passes of one crop."""
     network, image = network.to(device), torch.randn(1, 1, *crop, device=device)
-    durations = []
-    for _ in range(REPEATS + 1):  # the first one is not counted: it takes the memory
-        start = time.perf_counter()
-        network(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        durations.append(time.perf_counter() - start)
-    return min(durations[1:])
+    return fastest(lambda: network(image), device, repeats=5)
 
 
-def table(device: torch.device | None = None) -> str:
+def costs(device: torch.device | None = None) -> str:
     """The markdown table; with seconds where a device is given."""
     titles = ["network", "crop", "tasks", "GFLOPs, one pass", "K passes", "ratio"]
     titles += ["seconds, one pass", "K passes", "ratio"] if device is not None else []
-    lines = [titles, ["---"] * len(titles)]
+    lines = []
     for name, features, crop in SIZES:
         single = flops(features, crop, 1)
         single_seconds = seconds(make(features, 1), crop, device) if device is not None else None
@@ -70,16 +62,14 @@ def table(device: torch.device | None = None) -> str:
                 taken = seconds(make(features, tasks), crop, device)
                 cells += [f"{taken:.3f}", f"{tasks * single_seconds:.3f}", f"{taken / (tasks * single_seconds):.3f}"]
             lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(titles, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks dodnet``."""
     parser.add_argument("--seconds", action="store_true", help="measure seconds, too")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    print(table(torch.device(options.device) if options.seconds else None))
 
 
-if __name__ == "__main__":
-    main()
+def main(options: argparse.Namespace) -> str:
+    """The Markdown."""
+    return costs(torch.device(options.device) if options.seconds else None)

@@ -1,17 +1,19 @@
-"""Parameters and FLOPs of the U-Net made of DyBAC beside the plain one of the same widths, as a markdown table.
+"""Parameters and FLOPs of the U-Net made of DyBAC beside the plain one of the same widths.
 
-    python benchmarks/dynamic_convolution.py
+    python -m benchmarks dynamic_convolution
 
 FLOPs are those of one forward pass of one crop, two a multiply-add. Nothing is computed: the tensors have shapes only.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import table
 from common.networks import SegmentationNetwork
 from common.networks.dynamic_convolution import DyBACNetwork
 
@@ -33,12 +35,13 @@ def cost(network: type[SegmentationNetwork], features: Sequence[int], crop: Sequ
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
 
 
-def table() -> str:
-    """The markdown table."""
-    rows = [
-        "| network | features | crop | parameters, plain | DyBAC | saved | GFLOPs, plain | DyBAC | saved |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks dynamic_convolution``: none of its own."""
+
+
+def main(options: argparse.Namespace) -> str:
+    """The Markdown."""
+    rows = []
     for name, features, crop in SIZES:
         plain, dynamic = cost(SegmentationNetwork, features, crop), cost(DyBACNetwork, features, crop)
         cells = [name, " ".join(map(str, features)), " x ".join(map(str, crop))]
@@ -46,9 +49,6 @@ def table() -> str:
             suffix = " M" if unit == 1e6 else ""
             cells += [f"{value / unit:.{digits}f}{suffix}" for value in (before, after)]
             cells.append(f"{1 - after / before:.0%}")
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    print(table())
+        rows.append(cells)
+    titles = ["network", "features", "crop", "parameters, plain", "DyBAC", "saved", "GFLOPs, plain", "DyBAC", "saved"]
+    return table(titles, rows)

@@ -1,0 +1,131 @@
+"""Prediction of a whole volume: the project's windows beside the literature's, and two answers in one pass.
+
+    python -m benchmarks inference
+
+Networks have random weights, which costs the same as trained ones. Each row is measured in a process of its own; memory
+is what the process holds at its peak beyond what it held before the volume was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.measuring import device_name, fastest, in_own_process, peak_memory, table
+from common.engines import start
+from common.inferers import SlidingWindow
+from common.networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork
+from common.networks.vnet import VNet
+
+TARGETS = [{"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": 0, "scale": 2.0}]
+SHAPE = {"features": [16, 32, 64, 128], "kernel_sizes": [3, 3, 3, 3], "strides": [1, 2, 2, 2]}
+LEFT_ATRIUM = {"roi_size": (112, 112, 80)}
+LITERATURE = {**LEFT_ATRIUM, "stride": (18, 18, 4), "mode": "constant", "average": "probabilities"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Networks that read one volume, one after the other.
+
+    Args:
+        networks: what makes each.
+        volume: voxels.
+        windows: settings of the inferer.
+    """
+
+    networks: tuple[Callable[[], nn.Module], ...]
+    volume: tuple[int, int, int]
+    windows: dict[str, Any] = field(default_factory=dict)
+
+
+def _segmentation() -> nn.Module:
+    return SegmentationNetwork(3, 1, 3, **SHAPE)
+
+
+def _regression() -> nn.Module:
+    return RegressionNetwork(3, 1, **SHAPE, targets=TARGETS)
+
+
+def _dual() -> nn.Module:
+    return DualDecoderNetwork(3, 1, 3, **SHAPE, targets=TARGETS, attention_stages=[1, 2], attention_window=4)
+
+
+def _vnet() -> nn.Module:
+    return VNet(3, 1, 2)
+
+
+ATRIUM, CHEST = (175, 132, 88), (128, 128, 128)
+SMALL = {"roi_size": (64, 64, 64)}
+#: tables, the first row of each is what the others are compared with
+TABLES = {
+    "Left atrium, 175 x 132 x 88, V-Net, windows of 112 x 112 x 80": {
+        "stride 18/18/4, fp32 (literature)": Row((_vnet,), ATRIUM, {**LITERATURE, "amp": False}),
+        "stride 18/18/4": Row((_vnet,), ATRIUM, LITERATURE),
+        "overlap 0.5, fp32": Row((_vnet,), ATRIUM, {**LEFT_ATRIUM, "amp": False}),
+        "overlap 0.5 (default)": Row((_vnet,), ATRIUM, LEFT_ATRIUM),
+        "overlap 0.25": Row((_vnet,), ATRIUM, {**LEFT_ATRIUM, "overlap": 0.25}),
+    },
+    "Segmentation and thickness, 128 x 128 x 128, windows of 64 x 64 x 64": {
+        "two networks": Row((_segmentation, _regression), CHEST, SMALL),
+        "segmentation network": Row((_segmentation,), CHEST, SMALL),
+        "regression network": Row((_regression,), CHEST, SMALL),
+        "dual decoder": Row((_dual,), CHEST, SMALL),
+    },
+}
+
+
+@torch.no_grad()
+def measure(row: Row, device: str) -> dict[str, Any]:
+    """Seconds and peak memory of one volume."""
+    start(0, device)
+    networks = [make().to(device).eval() for make in row.networks]
+    inferer = SlidingWindow(**row.windows)
+    before = peak_memory(device, reset=True)
+    volume = torch.randn(1, 1, *row.volume)
+    seconds = fastest(lambda: [inferer(volume, network) for network in networks], device, repeats=2)
+    return {
+        "seconds": seconds,
+        "bytes": peak_memory(device) - before,
+        "parameters": sum(p.numel() for network in networks for p in network.parameters()),
+    }
+
+
+def report(title: str, device: str) -> str:
+    """One table."""
+    found = {
+        name: in_own_process("inference", ["--one", json.dumps([title, name]), "--device", device])
+        for name in TABLES[title]
+    }
+    base = next(iter(found.values()))
+    cells = [
+        [
+            name,
+            f"{item['seconds']:.2f}",
+            f"{item['seconds'] / base['seconds']:.2f}",
+            f"{base['seconds'] / item['seconds']:.1f}",
+            f"{item['bytes'] / 2**20:.0f}",
+            f"{item['parameters'] / 1e6:.2f}",
+        ]
+        for name, item in found.items()
+    ]
+    titles = ["", "volume [s]", "ratio", "times as fast", "memory [MiB]", "weights [M]"]
+    return "\n".join([f"### {title}", "", f"{device_name(device)}.", "", table(titles, cells)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks inference``."""
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+
+
+def main(options: argparse.Namespace) -> str:
+    """The Markdown."""
+    if options.one is not None:
+        title, name = json.loads(options.one)
+        return json.dumps(measure(TABLES[title][name], options.device))
+    return "\n\n".join(report(title, options.device) for title in TABLES)

@@ -129,15 +129,26 @@ def choose_recipes(names: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
 
 
 def _protocol(name: str | None, bundle: str, recipe: Recipe | None = None) -> tuple[str, ...]:
-    """The overlays of a published protocol, with strong views for a method that has no views of its own."""
+    """The overlays of a published protocol.
+
+    Beside the protocol itself, as far as there is such a file: its views, but for a method whose labelled crops' views
+    are part of it; a strong view, for one that names none; and what it says of the recipe.
+    """
     if name is None:
         return ()
     overlays = [f"protocols/{name}.json"]
-    if not (ROOT / "bundles" / bundle / "configs" / overlays[0]).is_file():
+    protocol = ROOT / "bundles" / bundle / "configs" / overlays[0]
+    if not protocol.is_file():
         raise BadInput(f"--protocol: the bundle {bundle!r} has no configs/{overlays[0]}.")
-    strong = f"protocols/{name}_strong_view.json"
-    if recipe is not None and not recipe.has_own_views and (_CONFIGS / strong).is_file():
-        overlays.append(strong)
+    if recipe is not None:
+        own = dict(recipe.content or {})
+        if "network_def#_target_" in own and "network_def" in json.loads(protocol.read_text()):
+            raise BadInput(f"--protocol {name}: it has a network of its own, and so has the recipe {recipe.name!r}.")
+        wanted = [] if "train#augmentation" in own else ["views"]
+        wanted += [] if recipe.has_own_views else ["strong_view"]
+        wanted += [Path(overlay).stem for overlay in recipe.overlays]
+        files = [f"protocols/{name}_{part}.json" for part in wanted]
+        overlays += [file for file in files if (_CONFIGS / file).is_file()]
     return tuple(overlays)
 
 
@@ -151,6 +162,7 @@ def describe(
     settings: Mapping[str, Any] | None = None,
     plan: Mapping[str, Any] | None = None,
     protocol: str | None = None,
+    title: str | None = None,
 ) -> dict[str, Any]:
     """The comparison as a study's description.
 
@@ -164,6 +176,7 @@ def describe(
         settings: overrides of every run.
         plan: what the study plans, see :class:`~common.study.Study`; None for the bundles' own configuration.
         protocol: name of overlays in the bundles' ``configs/protocols``.
+        title: what the datalist is called.
 
     Raises:
         BadInput: steps that can't be divided, or an unknown protocol.
@@ -204,7 +217,8 @@ def describe(
     if upper_bound is not None:
         runs[UPPER_BOUND] = supervised(upper_bound, epochs, "Supervised, all labels")
     return {
-        "title": f"Comparison on {Path(datalist).name}, {steps} steps",
+        "title": f"Comparison on {title or datalist}, {steps} steps",
+        **({"protocol": protocol} if protocol is not None else {}),
         **({"plan": dict(plan)} if plan is not None else {}),
         # Validation during a training chooses nothing, so there is one, at the end.
         "set": {"iterations_per_epoch": iterations_per_epoch, "val_interval": epochs, **(settings or {})},
@@ -273,7 +287,11 @@ def _digest(path: Path) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m common compare``."""
-    parser.add_argument("--recipes", default="all", help="comma-separated names; `all` leaves out variants (ablations)")
+    parser.add_argument(
+        "--recipes",
+        default="all",
+        help="comma-separated names; `all` leaves out variants (ablations); the own method is always a row",
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the datalists")
     parser.add_argument("--datalist", default="datalist.json", help="file name in that folder")
     parser.add_argument("--upper-bound", metavar="DATALIST", help="all labels, for one more supervised row")
@@ -363,6 +381,7 @@ def main(options: argparse.Namespace) -> int:
         settings,
         _plan(options),
         options.protocol,
+        options.datalist,
     )
     if content is not None:
         description["note"] = (

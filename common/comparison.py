@@ -14,6 +14,7 @@ import torch
 
 from .comparison_picture import save_comparison
 from .data.datalist import case_name, load_section, read_datalist
+from .errors import BadInput
 from .files import write_atomically
 from .handlers.evaluation import CONVENTIONS, _to_json
 from .handlers.tracking import _quiet_migrations
@@ -38,6 +39,15 @@ _TABLE: list[dict[str, Any]] = [
     {"key": "parameters", "title": "parameters [M]", "better": None, "digits": 2},
     {"key": "trained", "title": "trained [M]", "better": None, "digits": 2},
 ]
+#: beside a published protocol, whose figures are in these
+_IN_VOXELS: list[dict[str, Any]] = [
+    {"key": "hd95_pooled_voxels", "title": "95HD pooled [voxels]", "better": "lower", "digits": 2},
+    {"key": "asd_voxels", "title": "ASD [voxels]", "better": "lower", "digits": 2},
+]
+_VOXELS = (
+    "In voxels, as medpy has them: the 95th percentile of both directions' distances together; ASD from the prediction "
+    "to the reference, not back."
+)
 _TESTS: list[dict[str, Any]] = [
     {"key": "cases", "title": "n", "better": None, "digits": 0},
     {"key": "difference", "title": "difference in Dice", "better": None, "digits": 3},
@@ -102,21 +112,33 @@ class Comparison:
         output = self.study.output
         content = {
             "title": self.study.description.get("title", "Comparison"),
-            "machine": machine(),
+            **self._origin(),
             "note": self.study.description.get("note"),
             "seeds": self.study.seeds,
             "conventions": CONVENTIONS,
             "rows": [self.row(run) for run in self.runs],
             "reference": self.reference.name,
             "tests": self.tests(),
-            "picture": self._picture(output / "compare.png"),
             "failures": list(failures),
         }
+        try:
+            content["picture"] = self._picture(output / "compare.png")
+        except BadInput as error:  # no reason to keep the figures of days back
+            content["picture"] = None
+            content["failures"].append(f"picture: {error}")
         text = self._markdown(content)
         write_atomically(output / "compare.json", _to_json(content))
         write_atomically(output / "compare.md", text + "\n")
         self._log(content)
         return text
+
+    def _origin(self) -> dict[str, Any]:
+        """The machines and the commits that the rows come from."""
+        records = [record for run in self.runs for record in self.study.records(run)]
+        return {
+            "machine": "; ".join(dict.fromkeys(record.get("machine") or machine() for record in records)) or machine(),
+            "commits": sorted({str(record.get("commit")) for record in records}),
+        }
 
     def row(self, run: Run) -> dict[str, Any]:
         """A row: one value a seed where it depends on the seed, None for a seed that is not done.
@@ -208,9 +230,12 @@ class Comparison:
         lines = [f"## {content['title']}", ""]
         seeds = ", ".join(map(str, content["seeds"]))
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
+        if len(content["commits"]) > 1:
+            lines += [f"Rows were trained by several versions of the code: {', '.join(content['commits'])}.", ""]
         # Distances leave failed cases out: no reason to be the best.
-        unfair = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
-        columns = [{**column, "better": None} if column["key"] in unfair else column for column in _TABLE]
+        unfair: tuple[str, ...] = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
+        columns = _TABLE[:6] + (_IN_VOXELS if self.study.description.get("protocol") else []) + _TABLE[6:]
+        columns = [{**column, "better": None} if column["key"].startswith(unfair) else column for column in columns]
         lines += [markdown_table(columns, rows), ""]
         if "note" in self.study.description:
             lines += [self.study.description["note"], ""]
@@ -219,6 +244,7 @@ class Comparison:
         lines += [
             "Means over structures of the means over cases.",
             *(f"{name.upper()}: {CONVENTIONS[name]}." for name in ("hd95", "asd")),
+            *([_VOXELS] if self.study.description.get("protocol") else []),
             f"Failed, all seeds together: {CONVENTIONS['failed']}; then no distance is marked as best.",
             "Parameters are those of the weights to use; trained those that an optimiser moved.",
             "",

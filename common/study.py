@@ -39,7 +39,7 @@ from .errors import BadInput
 from .files import write_atomically
 from .planning import make_plan, parse_memory
 from .provenance import git_state
-from .tables import markdown
+from .tables import machine, markdown
 
 __all__ = ["Run", "Study", "add_arguments", "main"]
 
@@ -206,7 +206,7 @@ class Study:
         return command
 
     def execute(self, run: Run, seed: int, cores: Sequence[int] | None = None) -> None:
-        """Train and evaluate, unless that was done.
+        """Train and evaluate, unless that was done. A training that was interrupted goes on from its checkpoint.
 
         Args:
             run: which.
@@ -228,8 +228,13 @@ class Study:
                 )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").unlink(missing_ok=True)  # should this fail, old figures must not stand for it
+        earlier = self._begun_before(folder, identity) if run.epochs > 0 else None
+        begun = {"identity": identity, "started": time.time(), "seconds": earlier or 0.0}
+        write_atomically(folder / "begun.json", json.dumps(begun))
+        if earlier is not None:
+            commands[0] += ["--resume", "true"]
         seconds = []
-        with open(folder / "log.txt", "w") as log:
+        with open(folder / "log.txt", "w" if earlier is None else "a") as log:
             for command in commands:
                 log.write(shlex.join(command) + "\n")
                 log.flush()
@@ -243,10 +248,27 @@ class Study:
         content = {
             "identity": identity,
             "commit": _commit(),
-            "train_seconds": sum(seconds[:-1]),
+            "machine": machine(),
+            "train_seconds": sum(seconds[:-1], earlier or 0.0),
             "test_seconds": seconds[-1],
         }
         write_atomically(folder / "record.json", json.dumps({**content, "summary": summary}, indent=2))
+
+    @staticmethod
+    def _begun_before(folder: Path, identity: str) -> float | None:
+        """Seconds that a run's training took until its checkpoint; None where there is none of this description."""
+        checkpoint, path = folder / "train" / "checkpoint.pt", folder / "begun.json"
+        try:
+            begun = json.loads(path.read_text())
+            written = checkpoint.stat().st_mtime
+        except (OSError, ValueError):
+            return None
+        if begun["identity"] != identity:
+            return None
+        if written >= begun["started"]:
+            return begun["seconds"] + written - begun["started"]
+        # Of a training that was resumed and interrupted before it wrote another one; or else of a former description.
+        return begun["seconds"] or None
 
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
         """Fingerprint of a run's options and datalist: with another one it must be run again.

@@ -171,10 +171,17 @@ def test_all_rows_take_the_same_steps() -> None:
 
 def test_a_protocol_comes_last_and_gives_strong_views_to_those_that_ask_for_them() -> None:
     runs = describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="left_atrium")["runs"]
-    plain, strong = "protocols/left_atrium.json", "protocols/left_atrium_strong_view.json"
+    plain, views, strong, whole = (
+        f"protocols/left_atrium{part}.json" for part in ("", "_views", "_strong_view", "_aggregating_decoupling")
+    )
     assert runs["supervised"]["overlays"] == [plain]
-    assert runs["ua_mt"]["overlays"] == ["recipes/ua_mt.json", plain]
-    assert runs["distillation"]["overlays"] == [plain, strong]
+    assert runs["ua_mt"]["overlays"] == ["recipes/ua_mt.json", plain, views]
+    assert runs["distillation"]["overlays"] == [plain, views, strong]
+    recipes = choose_recipes("aggregating_decoupling", read_recipes())
+    runs = describe(recipes, "d.json", 6, 1, protocol="left_atrium")["runs"]
+    assert runs["aggregating_decoupling"]["overlays"] == ["recipes/aggregating_decoupling.json", plain, whole]
+    with pytest.raises(BadInput, match="network of its own, and so has the recipe 'ase_net_dybac'"):
+        describe(choose_recipes("ase_net_dybac", read_recipes()), "d.json", 6, 1, protocol="left_atrium")
     with pytest.raises(BadInput, match="right_atrium"):
         describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="right_atrium")
 
@@ -223,6 +230,46 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
         "compare.md",
         "compare.png",
     }
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_picture_that_fails_keeps_no_figures_back(
+    data: Path, calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise BadInput("a_seg.nii.gz lies on another grid")
+
+    monkeypatch.setattr("common.comparison.save_comparison", fail)
+    assert main(options(data, tmp_path / "out")) == 0
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| BCP | 1 | 2 | 0.775 |" in text
+    assert "Not done: picture: a_seg.nii.gz lies on another grid" in text
+
+
+@pytest.mark.usefixtures("untracked")
+def test_table_says_which_code_and_which_machine_made_its_rows(
+    data: Path, calls: list[list[str]], tmp_path: Path
+) -> None:
+    main(options(data, tmp_path / "out"))
+    assert "several versions" not in (tmp_path / "out" / "compare.md").read_text()
+    path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "abc+", "machine": "64 cores of another"}))
+    main(options(data, tmp_path / "out", "--only-table"))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "several versions of the code" in text
+    assert "abc+" in text
+    assert "; 64 cores of another; seeds 0" in text
+
+
+@pytest.mark.usefixtures("untracked")
+def test_beside_a_protocol_stand_the_distances_in_voxels(data: Path, calls: list[list[str]], tmp_path: Path) -> None:
+    given = options(data, tmp_path / "out", "--protocol", "left_atrium")
+    given.plan = None
+    assert main(given) == 0
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "95HD pooled [voxels] | ASD [voxels]" in text
+    assert "| 2.00 | 0.50 |" in text
+    assert "Comparison on datalist.json" in text
 
 
 @pytest.mark.usefixtures("untracked")

@@ -158,6 +158,52 @@ def test_what_was_done_with_another_description_is_done_again_with_all_that_foll
     assert str(tmp_path) not in (tmp_path / "out" / "plan.json").read_text(), "a plan is packed with weights"
 
 
+def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    killed = [True]
+
+    def fake(command: list[str], log: Any, cores: list[int] | None) -> int:
+        commands.append(command)
+        log.write("so far\n")
+        folder = Path(option(command, "output_dir"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.name == "test":
+            (folder / "summary.json").write_text(json.dumps(SUMMARY))
+        elif killed[0]:
+            (folder / "checkpoint.pt").write_text("")
+            then = json.loads((folder.parent / "begun.json").read_text())["started"] + 50
+            os.utime(folder / "checkpoint.pt", (then, then))
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(module, "_call", fake)
+    (tmp_path / "datalist.json").write_text("{}")
+    description = {"runs": {"teacher": {"bundle": "teacher", "epochs": 2}}}
+
+    def execute() -> dict[str, Any]:
+        study = Study(description, tmp_path, tmp_path / "out")
+        try:
+            study.execute(study.runs["teacher"], 0)
+        except KeyboardInterrupt:
+            return {}
+        return study.record(study.runs["teacher"], 0)
+
+    assert execute() == {}
+    assert "--resume" not in commands[-1]
+    assert execute() == {}
+    assert option(commands[-1], "resume") == "true"
+    killed[0] = False
+    record = execute()
+    assert option(commands[-2], "resume") == "true"
+    assert "--resume" not in commands[-1], "an evaluation has nothing to go on with"
+    assert record["train_seconds"] == pytest.approx(100, abs=20), "the parts together"
+    assert (tmp_path / "out" / "teacher" / "seed0" / "log.txt").read_text().count("so far") == 4
+    # With another description the checkpoint is no beginning of it.
+    description["runs"]["teacher"]["epochs"] = 3
+    execute()
+    assert "--resume" not in commands[-2]
+
+
 def test_figures_of_an_earlier_run_do_not_stand_for_one_that_failed(study: Study, calls: list[list[str]]) -> None:
     for seed in study.seeds:
         folder = study.folder(study.runs["student"], seed)
@@ -173,6 +219,7 @@ def test_a_record_names_the_code_that_made_it(study: Study, calls: list[list[str
     study.run_all()
     expected = module._commit()
     assert study.record(study.runs["teacher"], study.seeds[0])["commit"] == expected
+    assert "torch" in study.record(study.runs["teacher"], study.seeds[0])["machine"]
     if (ROOT / ".git").exists():
         assert re.fullmatch(r"[0-9a-f]{40}\+?", expected)
 

@@ -53,6 +53,7 @@ class SemiSupervisedTrainer(Trainer):
             turn, by the optimiser's name.
         amp: see :func:`~common.engines.precision`.
         gradient_clip: the largest 2-norm of an optimiser's gradients; None for no limit.
+        loss_weight: what every loss is multiplied by before its gradients are taken; what is logged stays as it is.
         seed: base of the random state.
         train_handlers: Ignite handlers with an ``attach`` method.
 
@@ -71,6 +72,7 @@ class SemiSupervisedTrainer(Trainer):
         optimizer: Optimizer | Mapping[str, Optimizer],
         amp: bool | str = "auto",
         gradient_clip: float | None = 12.0,
+        loss_weight: float = 1.0,
         seed: int = 0,
         train_handlers: Sequence | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class SemiSupervisedTrainer(Trainer):
         self.optimizers = {"": optimizer} if isinstance(optimizer, Optimizer) else dict(optimizer)
         self.precision = precision(amp, device)
         self.gradient_clip = gradient_clip
+        self.loss_weight = loss_weight
         self.seed = seed
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
@@ -144,7 +147,8 @@ class SemiSupervisedTrainer(Trainer):
             / sum(counts.get(name, 0) for _, counts in shares)
             for name in names
         }
-        means["train/learning_rate"] = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        for name, optimizer in self.optimizers.items():
+            means[f"train/{name}/learning_rate" if name else "train/learning_rate"] = optimizer.param_groups[0]["lr"]
         # A term that has ended, or a class of which nothing is kept any more, must not go on with its last value.
         for name in [name for name in self.state.metrics if name.startswith("train/")]:
             del self.state.metrics[name]
@@ -165,7 +169,7 @@ class SemiSupervisedTrainer(Trainer):
             )
             if not math.isfinite(values["loss"]):
                 raise BadInput(self._diverged(f"the loss is {values['loss']}", values))
-            self.scaler.scale(terms["loss"]).backward()
+            self.scaler.scale(self.loss_weight * terms["loss"]).backward()
             self.scaler.unscale_(optimizer)
             self._clip(optimizer, values)
             self.scaler.step(optimizer)

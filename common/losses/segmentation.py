@@ -50,14 +50,20 @@ class SegmentationLoss(nn.Module):
         batch_dice: sum the Dice's overlaps over the batch before the division (nnU-Net's choice for patches), rather
             than a Dice a sample, in which a class that a patch lacks costs a whole point.
         include_background: let class 0 count in the Dice; it always does in the cross-entropy.
+        squared: square probabilities and label in the Dice's denominator, as V-Net's authors do.
     """
 
-    def __init__(self, batch_dice: bool = True, include_background: bool = False) -> None:
+    def __init__(self, batch_dice: bool = True, include_background: bool = False, squared: bool = False) -> None:
         super().__init__()
         self.batch_dice = batch_dice
         self.include_background = include_background
         self.dice = DiceLoss(
-            include_background=include_background, batch=batch_dice, smooth_nr=1e-5, smooth_dr=1e-5, reduction="none"
+            include_background=include_background,
+            batch=batch_dice,
+            squared_pred=squared,
+            smooth_nr=1e-5,
+            smooth_dr=1e-5,
+            reduction="none",
         )
 
     def forward(

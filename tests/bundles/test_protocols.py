@@ -17,13 +17,14 @@ import common.data
 import common.engines
 import common.networks
 import common.transforms
-from common.compare import Recipe, read_recipes
+from common.compare import Recipe, _protocol, read_recipes
 from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer
 from common.networks import save_weights
 from common.networks.vnet import VNet
 
 LEFT_ATRIUM = "protocols/left_atrium.json"
+VIEWS = "protocols/left_atrium_views.json"
 STRONG_VIEW = "protocols/left_atrium_strong_view.json"
 SMALL = [2, 2, 2, 2, 2]
 
@@ -95,9 +96,9 @@ def test_evaluation_is_dense_with_constant_weights_and_one_component(bundle: str
     ("bundle", "overlays", "stream"),
     [
         ("teacher", [LEFT_ATRIUM], ""),
-        ("student", [LEFT_ATRIUM], ""),
-        ("student", [LEFT_ATRIUM], "unlabeled_"),
-        ("student", [LEFT_ATRIUM, STRONG_VIEW], "unlabeled_"),
+        ("student", [LEFT_ATRIUM, VIEWS], ""),
+        ("student", [LEFT_ATRIUM, VIEWS], "unlabeled_"),
+        ("student", [LEFT_ATRIUM, VIEWS, STRONG_VIEW], "unlabeled_"),
     ],
 )
 def test_crops_lie_anywhere_and_are_turned_and_mirrored_in_the_plane(
@@ -129,14 +130,48 @@ def test_crops_lie_anywhere_and_are_turned_and_mirrored_in_the_plane(
     assert 0.45 < upright < 0.55, "all four turns are equally frequent"
 
 
-def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice() -> None:
-    loss = parsed("teacher", "train.json", LEFT_ATRIUM).get_parsed_content("train#method#segmentation_loss")
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice(bundle: str) -> None:
+    parser = parsed(bundle, "train.json", LEFT_ATRIUM)
+    loss = parser.get_parsed_content("train#method#segmentation_loss")
+    weight = parser["train#trainer#loss_weight"]
     torch.manual_seed(0)
     logits, label = torch.randn(2, 2, 4, 4, 4), torch.randint(2, (2, 1, 4, 4, 4))
     p, y = logits.softmax(1)[:, 1], label[:, 0].float()
     dice = 1 - (2 * (p * y).sum() + 1e-5) / (p.square().sum() + y.square().sum() + 1e-5)
     expected = 0.5 * (torch.nn.functional.cross_entropy(logits, label[:, 0]) + dice)
-    torch.testing.assert_close(loss([logits], label), expected)
+    torch.testing.assert_close(weight * loss([logits], label), expected)
+
+
+@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
+def test_what_makes_a_recipe_itself_outlives_the_protocol(recipe: Recipe) -> None:
+    """It takes the optimiser's settings, the network's dropout, and views that are not what the recipe is about."""
+    files = [config("student", name) for name in ("train.json", *recipe.overlays)]
+    before, after = ConfigParser(), ConfigParser()
+    before.read_config(files)
+    after.read_config(files + [config("student", name) for name in _protocol("left_atrium", "student", recipe)])
+    replaced = {"learning_rate", "momentum", "weight_decay", "network_def#dropout"}
+    if recipe.name != "aggregating_decoupling":
+        replaced.add("train#unlabeled_augmentation")
+    for key in recipe.content or {}:
+        if not key.startswith("_") and key not in replaced:
+            kept = {**after[key]} if isinstance(after[key], dict) else after[key]
+            if key == "train#method":
+                kept.pop("segmentation_loss")
+            assert kept == before[key], key
+
+
+def test_half_the_loss_but_for_those_that_halve_it_themselves_or_have_whole_sums() -> None:
+    def weight(name: str) -> float:
+        recipe = read_recipes()[name]
+        parser = ConfigParser()
+        overlays = (*recipe.overlays, *_protocol("left_atrium", "student", recipe))
+        parser.read_config([config("student", file) for file in ("train.json", *overlays)])
+        return parser["train#trainer#loss_weight"]
+
+    names = [recipe.name for recipe in read_recipes().values() if not recipe.is_variant]
+    whole = ("aggregating_decoupling", "ase_net")
+    assert {name: weight(name) for name in names} == {name: 1.0 if name in whole else 0.5 for name in names}
 
 
 @pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
@@ -144,7 +179,7 @@ def test_every_recipe_takes_a_step_on_the_v_net(recipe: Recipe, tmp_path: Path) 
     """Its own optimisers, views and losses under the protocol's schedule."""
     torch.manual_seed(0)
     files = recipe_files(recipe.name) if recipe.overlays else []
-    overlays = [LEFT_ATRIUM] if recipe.has_own_views else [LEFT_ATRIUM, STRONG_VIEW]
+    overlays = _protocol("left_atrium", "student", recipe)
     parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
     parser.read_config([config("student", "train.json"), *files, *(config("student", name) for name in overlays)])
     parser.update({"device": "cpu", "features": SMALL, "patch_size": [32, 32, 32]})
@@ -206,7 +241,7 @@ def test_it_trains_and_evaluates(workflow: Callable[..., None], phantoms: Path, 
     workflow("teacher", config("teacher", LEFT_ATRIUM), **small, **teacher)
     student = {"output_dir": str(tmp_path / "student"), "ckpt_dir": str(tmp_path / "student")}
     small["teacher_path"] = str(tmp_path / "teacher" / "model.pt")
-    overlays = [config("student", LEFT_ATRIUM), config("student", STRONG_VIEW)]
+    overlays = [config("student", name) for name in (LEFT_ATRIUM, VIEWS, STRONG_VIEW)]
     workflow("student", *overlays, **small, **student)
     workflow("student", *overlays, names=("train.json", "evaluate.json"), **small, **student)
     summary = json.loads((tmp_path / "student" / "summary.json").read_text())

@@ -180,6 +180,17 @@ def test_every_optimizer_steps_by_its_own_loss_in_turn():
     assert trainer.state.output["second/distance"] == pytest.approx(4.5)
     assert trainer.state.output["loss"] == pytest.approx(81 / 2 + 4.5**2 / 2), "what a bar and a curve show"
     assert trainer.state.metrics["train/first/loss"] == pytest.approx(81 / 2)
+    rates = {key: value for key, value in trainer.state.metrics.items() if "rate" in key}
+    assert rates == {"train/first/learning_rate": 0.5, "train/second/learning_rate": 0.1}
+
+
+def test_a_loss_s_weight_is_that_of_its_gradients():
+    """Half of them: 1 - 0.25 * (1 - 10) = 3.25. What is logged is the loss itself."""
+    method = Rivals()
+    optimizers = {name: torch.optim.SGD([getattr(method, name)], lr=0.5) for name in ("first", "second")}
+    trainer = train(method, steps((0.0, 0.0)), optimizers, loss_weight=0.5)
+    assert method.first.item() == pytest.approx(3.25)
+    assert trainer.state.metrics["train/first/loss"] == pytest.approx(81 / 2)
 
 
 def test_gradients_of_several_optimizers_are_clipped_each():

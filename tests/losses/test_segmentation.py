@@ -30,6 +30,13 @@ def test_uniform_prediction_by_hand() -> None:
     assert loss.item() == pytest.approx(1 - 1 / 3 + math.log(2), abs=1e-4)
 
 
+def test_squared_denominator_by_hand() -> None:
+    """Two voxels of class 1 of four, all predicted with 0.5: 2 * 1 / (4 * 0.25 + 2) of Dice, ln 2 of cross-entropy."""
+    label = torch.tensor([0, 0, 1, 1]).reshape(1, 1, 2, 2)
+    loss = SegmentationLoss(squared=True)(torch.zeros(1, 2, 2, 2), label)
+    assert loss.item() == pytest.approx(1 - 2 / 3 + math.log(2), abs=1e-4)
+
+
 def test_batch_dice_pools_the_batch() -> None:
     label = torch.zeros(2, 1, 2, 2, dtype=torch.long)
     label[0, 0, 0, 0] = 1

@@ -30,6 +30,12 @@ Where the paper leaves a choice, or its released code has another answer:
 - A class that a batch's labels lack leaves its difficulty as it was, and its first Dice is no change yet. Logarithms
   and ratios have a floor, so a Dice of 0 gives finite weights.
 - All three losses use deep supervision, as all methods here do.
+- The background has a weight of its difficulty, as any class. It is the easiest by far, so psi, whose cross-entropy
+  then counts it a tenth as much as a structure, segments too much, and theta learns that. ``weigh_background`` False
+  gives it the structures' mean weight.
+- Pseudo-labels are made in training mode: with dropout, where the network has any, as in the released code.
+- theta is pulled towards the mean of two decoders that start apart and stay apart, which labels nothing by itself; what
+  it knows it has from the pseudo-labels.
 - Without the diffusion branch, psi alone labels, measures the difficulty, and is what theta follows.
 """
 
@@ -184,6 +190,7 @@ class AggregatingDecoupling(Method):
         window: steps that the difficulty looks back.
         diffusion: False is the ablation without the diffusion branch.
         difficulty_weights: False is the ablation with all classes' weights 1.
+        weigh_background: whether the background is weighted by its own difficulty, which is the paper's way.
         reparameterize: False is the ablation without Reparameterize & Smooth: the two branches' softmax are summed.
 
     Raises:
@@ -202,6 +209,7 @@ class AggregatingDecoupling(Method):
         window: int = 50,
         diffusion: bool = True,
         difficulty_weights: bool = True,
+        weigh_background: bool = True,
         reparameterize: bool = True,
     ) -> None:
         super().__init__()
@@ -219,6 +227,7 @@ class AggregatingDecoupling(Method):
         self.ramp_up = ramp_up
         self.decay = decay
         self.sampling_steps = sampling_steps
+        self.weigh_background = weigh_background
         self.diffusion = diffusion
         self.reparameterize = reparameterize
 
@@ -262,6 +271,8 @@ class AggregatingDecoupling(Method):
             terms["difficulty"] = self.segmentation_loss(by_psi, label)
         else:
             weights = self.difficulty((by_xi or by_psi)[0], label)
+            if not self.weigh_background:
+                weights[0] = weights[1:].mean()
             terms["difficulty"] = weighted_loss(by_psi, label, weights)
 
         pseudo_label = self.pseudo_label(unlabeled, unlabeled_features)

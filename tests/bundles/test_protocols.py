@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bundle_runs import config, recipe_files
+from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import KeepLargestConnectedComponentd
@@ -174,39 +177,63 @@ def test_half_the_loss_but_for_those_that_halve_it_themselves_or_have_whole_sums
     assert {name: weight(name) for name in names} == {name: 1.0 if name in whole else 0.5 for name in names}
 
 
+class Run:
+    """A recipe's training on the V-Net, with its dropout and batch norm, of two epochs of two steps."""
+
+    def __init__(self, recipe: Recipe, folder: Path, seed: int) -> None:
+        torch.manual_seed(seed)
+        overlays = (*recipe.overlays, *_protocol("left_atrium", "student", recipe))
+        parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
+        parser.read_config([config("student", name) for name in ("train.json", *overlays)])
+        parser.update({"device": "cpu", "features": SMALL, "patch_size": [32, 32, 32]})
+        if parser["teacher_path"] is not None:
+            parser["teacher_path"] = str(folder / "teacher.pt")
+            if seed == 0:
+                save_weights(parser.get_parsed_content("teacher_def"), folder / "teacher.pt")
+        self.method = parser.get_parsed_content("train#method")
+        found = parser.get_parsed_content("train#optimizer")
+        self.optimizers = found if isinstance(found, dict) else {"": found}
+        assert isinstance(parser.get_parsed_content("train#lr_scheduler"), torch.optim.lr_scheduler.StepLR)
+        torch.manual_seed(0)
+        crops = [torch.randn(1, 32, 32, 32) for _ in range(4)]
+        streams = {
+            "labeled": [{"image": MetaTensor(crop), "label": MetaTensor((crop > 0).byte())} for crop in crops[:2]],
+            "unlabeled": [{"image": MetaTensor(crop)} for crop in crops[2:]],
+        }
+        views = {"labeled": "train#augmentation", "unlabeled": "train#unlabeled_augmentation"}
+        chains = {stream: parser.get_parsed_content(view).set_random_state(0) for stream, view in views.items()}
+        batch = {stream: collate_plain([chains[stream](case) for case in cases]) for stream, cases in streams.items()}
+        self.trainer = SemiSupervisedTrainer("cpu", 2, [batch, batch], self.method, found, False, None)
+
+    def state(self) -> dict[str, Any]:
+        return {"method": self.method, **self.optimizers}
+
+    def go_on_from(self, other: Run) -> None:
+        for name, part in self.state().items():
+            part.load_state_dict(copy.deepcopy(other.state()[name].state_dict()))
+        self.trainer.state.epoch, self.trainer.state.iteration = (
+            other.trainer.state.epoch,
+            other.trainer.state.iteration,
+        )
+
+
 @pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
-def test_every_recipe_takes_a_step_on_the_v_net(recipe: Recipe, tmp_path: Path) -> None:
-    """Its own optimisers, views and losses under the protocol's schedule."""
-    torch.manual_seed(0)
-    files = recipe_files(recipe.name) if recipe.overlays else []
-    overlays = _protocol("left_atrium", "student", recipe)
-    parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
-    parser.read_config([config("student", "train.json"), *files, *(config("student", name) for name in overlays)])
-    parser.update({"device": "cpu", "features": SMALL, "patch_size": [32, 32, 32]})
-    if parser["teacher_path"] is not None:
-        parser["teacher_path"] = str(tmp_path / "teacher.pt")
-        save_weights(parser.get_parsed_content("teacher_def"), tmp_path / "teacher.pt")
-    method = parser.get_parsed_content("train#method")
-    crops = [torch.randn(1, 32, 32, 32) for _ in range(4)]
-    streams = {
-        "labeled": [{"image": MetaTensor(crop), "label": MetaTensor((crop > 0).byte())} for crop in crops[:2]],
-        "unlabeled": [{"image": MetaTensor(crop)} for crop in crops[2:]],
-    }
-    views = {"labeled": "train#augmentation", "unlabeled": "train#unlabeled_augmentation"}
-    batch = {
-        stream: collate_plain([parser.get_parsed_content(views[stream])(case) for case in cases])
-        for stream, cases in streams.items()
-    }
-    optimizer = parser.get_parsed_content("train#optimizer")
-    scheduler = parser.get_parsed_content("train#lr_scheduler")
-    assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
-    before = {key: value.clone() for key, value in method.deployed.state_dict().items()}
-    trainer = SemiSupervisedTrainer("cpu", 1, [batch, batch], method, optimizer, False, parser["gradient_clip"])
-    trainer.run()
-    state = method.deployed.state_dict()
+def test_every_recipe_trains_the_v_net_and_resumes_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
+    whole, cut, resumed = (Run(recipe, tmp_path, seed) for seed in (0, 0, 5))
+    before = {key: value.clone() for key, value in whole.method.deployed.state_dict().items()}
+    whole.trainer.run()
+    assert isinstance(whole.method.deployed, VNet)
+    state = whole.method.deployed.state_dict()
     assert all(torch.isfinite(value).all() for value in state.values())
     assert any(not torch.equal(state[key], value) for key, value in before.items())
-    assert isinstance(method.deployed, VNet)
+
+    cut.trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), cut.trainer.terminate)
+    cut.trainer.run()
+    resumed.go_on_from(cut)
+    resumed.trainer.run()
+    assert resumed.trainer.state.output == whole.trainer.state.output, "the same losses, to the last bit"
+    expected = whole.method.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.method.state_dict().items())
 
 
 def test_ase_net_has_its_rates_and_lets_that_of_the_network_fall_alone() -> None:

@@ -28,7 +28,7 @@ from common.networks import SegmentationNetwork
 NAMES = ("background", "lumen", "wall")
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 SIGNAL = (1 - BETAS).cumprod(0)
-ABLATIONS = ("augmentation", "diffusion", "difficulty_weights", "reparameterize_and_smooth")
+ABLATIONS = ("augmentation", "diffusion", "difficulty_weights", "reparameterize_and_smooth", "background_weight")
 
 
 def small(seed: int = 0) -> SegmentationNetwork:
@@ -408,6 +408,19 @@ def test_without_difficulty_weights_all_classes_weigh_the_same():
     assert not torch.equal(terms["difficulty"], make()(batch)["difficulty"])
 
 
+def test_without_a_weight_of_its_own_the_background_weighs_as_the_structures(monkeypatch):
+    weights = torch.tensor([0.02, 0.2, 0.4])
+    seen = []
+    monkeypatch.setattr(DifficultyWeights, "forward", lambda self, logits, label: weights.clone())
+    monkeypatch.setattr(
+        aggregating_decoupling, "weighted_loss", lambda logits, label, found: seen.append(found) or found.sum()
+    )
+    make()(batch_of())
+    terms = make(weigh_background=False)(batch_of())
+    torch.testing.assert_close(torch.stack(seen), torch.tensor([[0.02, 0.2, 0.4], [0.3, 0.2, 0.4]]))
+    assert [round(float(terms[f"weight/{name}"]), 2) for name in make().class_names] == [0.3, 0.2, 0.4]
+
+
 def test_without_reparameterize_and_smooth_probabilities_are_summed(monkeypatch):
     method = make(reparameterize=False)
     monkeypatch.setattr(aggregating_decoupling, "reparameterize_and_smooth", lambda *arguments: pytest.fail("called"))
@@ -515,6 +528,7 @@ def test_every_key_of_the_overlay_is_one_of_the_bundle(ablation):
     for name in names:
         overlay = json.loads(Path(config("student", f"recipes/{name}.json")).read_text())
         for key in overlay:
-            assert key.startswith("_") or key in parser, key
+            known = key in parser or "_target_" in parser[key.rpartition("#")[0]]
+            assert key.startswith("_") or known, key
         for key, value in overlay.items():
             parser[key] = value

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import SECTIONS
 from common.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,12 @@ def test_commands_can_be_typed(path: Path, ticked: bool) -> None:
             if not ticked:
                 parser.parse_args(words[4:])  # says what is wrong, and exits
             assert not [word for word in words[4:] if word[:2] == "--" and word not in parser.format_help()], words
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            assert words[3] in ("all", *SECTIONS), words
+            parser = argparse.ArgumentParser()
+            if words[3] in SECTIONS:
+                importlib.import_module(f"benchmarks.{words[3]}").add_arguments(parser)
+            parser.parse_args(words[4:])
         elif words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), words
 

@@ -13,7 +13,9 @@ Each step trains first the discriminators, with the student fixed, then the stud
   among ``student(x_u)``, ``student(x_u + noise)`` and ``teacher(x_u + noise)`` (softmax), and
   ``L_adv = (CE(D1) + CE(D2)) / 2``, in which the student's predictions of unlabelled crops should pass for real ones.
 
-Whoever is fixed is also in evaluation mode, that is, without dropout.
+The discriminators are in evaluation mode, without dropout, while they are fixed. The student never is: what the
+discriminators learn to judge must be what they will judge, with its dropout and with batch norms by the batch; the
+statistics that those keep for inference move in its own turn alone.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch.func import functional_call
 from ..errors import BadInput
 from ..losses import SegmentationLoss, sigmoid_ramp_up
 from ..networks.dynamic_convolution import anneal
+from ..networks.vnet import without_running_statistics
 from .base import Method, Segmenter
 from .mean_teacher import clipped_noise
 from .moving_average import MovingAverage
@@ -119,8 +122,7 @@ class ASENet(Method):
             raise BadInput(
                 f"ASE-Net: found the optimizer {optimizer!r}, expected two, 'discriminators' first and then 'network'."
             )
-        for name in turns:
-            getattr(self, name).train(self.training and name == optimizer)
+        self.discriminators.train(self.training and optimizer == "discriminators")
         labeled, unlabeled = batch["labeled"], batch["unlabeled"]["image"]
         return turns[optimizer](labeled, unlabeled, add_noise(unlabeled))
 
@@ -128,7 +130,7 @@ class ASENet(Method):
         self, labeled: Mapping[str, Tensor], unlabeled: Tensor, noisy: Tensor
     ) -> dict[str, Tensor]:
         image = labeled["image"]
-        with torch.no_grad():
+        with torch.no_grad(), without_running_statistics(self.network):
             logits = self.network(torch.cat([image, unlabeled, noisy]))
             of_labeled, of_clean, of_noisy = _split(logits.float().softmax(1), image, unlabeled, noisy)
             of_teacher = self.average(unlabeled).float().softmax(1)

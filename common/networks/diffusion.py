@@ -8,17 +8,15 @@ diffusion (Ho, Jain & Abbeel, NeurIPS 2020).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .unet import Decoder, SegmentationNetwork, initialise
-from .vnet import VNet, VNetDecoder, VNetEncoder
+from .vnet import VNet, VNetDecoder, VNetEncoder, without_running_statistics
 
 __all__ = ["AggregatingDecouplingNetwork", "StepEmbedding"]
 
@@ -102,7 +100,7 @@ class AggregatingDecouplingNetwork(nn.Module):
         self.encoder.check_size(image)
         decoder = self.diffusion_decoder
         assert decoder is not None, "it was made without the denoising branch"
-        with _without_running_statistics(self):
+        with without_running_statistics(self):
             return self._denoise(decoder, torch.cat([image, noisy.to(image.dtype)], dim=1), self.step_embedding(step))
 
     def _denoise(self, decoder: Decoder | VNetDecoder, x: Tensor, embedding: Tensor) -> list[Tensor]:
@@ -125,20 +123,6 @@ class AggregatingDecouplingNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """The segmentation decoder's logits (B, K, *spatial) of an image (B, C, *spatial)."""
         return self.segmentation_decoder.logits(self.segmentation_decoder(self.encode(image)))[0]
-
-
-@contextmanager
-def _without_running_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norms inside ``network`` normalise as ever, and learn nothing for their use in inference."""
-    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def _anew(part: _Part) -> _Part:

@@ -8,17 +8,19 @@ up from below, not concatenated. Convolutions keep PyTorch's own initialisation,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Dropout
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import BadInput
 from .unet import Encoder, full_precision
 
-__all__ = ["VNet", "VNetDecoder", "VNetEncoder"]
+__all__ = ["VNet", "VNetDecoder", "VNetEncoder", "without_running_statistics"]
 
 FEATURES = (16, 32, 64, 128, 256)
 CONVOLUTIONS = (1, 2, 3, 3, 3)
@@ -198,3 +200,17 @@ class VNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K, *spatial) of an image (B, C, *spatial)."""
         return self.forward_all(x)[1][0]
+
+
+@contextmanager
+def without_running_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norms inside ``network`` normalise as ever, and learn nothing for their use in inference."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -158,3 +158,29 @@ def test_a_recipe_without_a_teacher_trains_and_is_evaluated(
     measured = {**folders, "output_dir": str(tmp_path / "evaluated")}
     workflow("student", recipe, names=names, dataset_dir=str(phantoms), **measured)
     assert json.loads((tmp_path / "evaluated" / "summary.json").read_text())["cases"] == 2
+
+
+@pytest.mark.parametrize("setting", ["adaptation", "generalisation"])
+def test_domains_are_a_matter_of_the_datalist(
+    setting: str, phantoms: Path, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    """A&D's labelled source, and a target that is unlabelled, or that no training ever sees."""
+    content = json.loads((phantoms / "datalist.json").read_text())
+    source, target = content["validation"]  # generate_phantoms: validation cases come from both domains in turn
+    for entry in (*content["training"], *content["unlabeled"], source, target):
+        for key in ("image", "label"):
+            if key in entry:
+                entry[key] = str(phantoms / entry[key])
+    unlabeled = content["unlabeled"] if setting == "adaptation" else [{"image": source["image"]}]
+    sections = {"training": content["training"], "unlabeled": unlabeled, "testing": [target]}
+    assert "label" not in {key for entry in unlabeled for key in entry}
+    datalist = tmp_path / f"{setting}.json"
+    datalist.write_text(json.dumps({"labels": content["labels"], **sections}))
+    folders = {"output_dir": str(tmp_path / "train"), "ckpt_dir": str(tmp_path / "models")}
+    recipe = config("student", "recipes/aggregating_decoupling.json")
+    short = {"train#trainer#max_epochs": 1, "datalist": str(datalist)}
+    workflow("student", recipe, **short, **folders)
+    measured = {**folders, "output_dir": str(tmp_path / "test"), "section": "testing"}
+    workflow("student", recipe, names=("train.json", "evaluate.json"), **short, **measured)
+    lines = (tmp_path / "test" / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [Path(target["image"]).name.removesuffix(".nii.gz")]

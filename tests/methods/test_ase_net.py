@@ -28,6 +28,7 @@ from common.methods.ase_net import ASENet, add_noise, three_way_consistency
 from common.networks import SegmentationNetwork
 from common.networks.discriminator import Discriminator
 from common.networks.dynamic_convolution import DyBAC, DyBACNetwork
+from common.networks.vnet import VNet
 
 TURNS = ("discriminators", "network")
 
@@ -225,21 +226,33 @@ def test_each_turn_gives_gradients_to_its_own_part_alone(kind):
         )
 
 
-def test_who_is_fixed_is_in_evaluation_mode():
+def test_discriminators_are_in_evaluation_mode_while_they_are_fixed_and_the_student_never():
     method = make().train()
     seen: dict[str, list[bool]] = {}
-    for name in TURNS:
-        getattr(method, name).eval()
+    method.discriminators.eval()
     for name, module in {"network": method.network.encoder, "discriminators": method.discriminators["teacher"]}.items():
         module.register_forward_hook(lambda module, *_, name=name: seen.setdefault(name, []).append(module.training))
     for turn in TURNS:
         method(real_batch(), turn)
-    assert seen == {"network": [False, True], "discriminators": [True, True, False]}
+    assert seen == {"network": [True, True], "discriminators": [True, True, False]}
     method.eval()
     seen.clear()
     for turn in TURNS:
         method(real_batch(), turn)
     assert set(seen["network"] + seen["discriminators"]) == {False}
+
+
+def test_running_statistics_of_the_student_move_in_its_own_turn_alone():
+    torch.manual_seed(0)
+    network = VNet(2, 1, 3, features=[2, 4], convolutions=[1, 1])
+    method = ASENet(network, partial(Discriminator, 2, 3, 1, [4, 4], [3, 3], [2, 2])).train()
+    moving = {}
+    for turn in TURNS:
+        before = {key: value.clone() for key, value in network.state_dict().items() if "running" in key}
+        method(real_batch(), turn)
+        state = network.state_dict()
+        moving[turn] = {not torch.equal(state[key], value) for key, value in before.items()}
+    assert moving == {"discriminators": {False}, "network": {True}}
 
 
 @pytest.mark.parametrize("kind", [SegmentationNetwork, DyBACNetwork])

@@ -87,9 +87,9 @@ def _organ_teachers(parser: ConfigParser, folder: Path) -> dict[str, str]:
     return paths
 
 
-def crops(parser: ConfigParser, name: str) -> dict[str, dict[str, Any]]:
+def crops(parser: ConfigParser, name: str, seed: int = 0) -> dict[str, dict[str, Any]]:
     """A batch of random crops in the row's own views: two labelled and, for a student, two unlabelled ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     size, count = parser["patch_size"], int(parser["batch_size"])
     organs = len(parser["labels"])
 
@@ -112,10 +112,8 @@ def crops(parser: ConfigParser, name: str) -> dict[str, dict[str, Any]]:
     if "unlabeled" in parser["train#dataloader#streams"] and parser["train#dataloader#streams#unlabeled"] is not None:
         streams["unlabeled"] = [{"image": image()} for _ in range(count)]
         views["unlabeled"] = "train#unlabeled_augmentation"
-    return {
-        stream: collate_plain([parser.get_parsed_content(views[stream])(case) for case in cases])
-        for stream, cases in streams.items()
-    }
+    chains = {stream: parser.get_parsed_content(view).set_random_state(seed) for stream, view in views.items()}
+    return {stream: collate_plain([chains[stream](case) for case in cases]) for stream, cases in streams.items()}
 
 
 def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,10 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from bundle_runs import SHORT, config, run
+from bundle_runs import ROOT, SHORT, config, run
+from recipe_steps import train_alone
+
+from benchmarks.training import rows
 
 # A thread that outlives the interpreter aborts a process that has done its work.
 COUNT_THREADS = """$print('threads left:', [path.read_text().strip() for path in
@@ -59,3 +65,31 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(
     # The first of them speaks and writes for both.
     for line in ("Epoch 1/2:", "Epoch 2/2:", "Weights to use:"):
         assert printed.count(line) == 1, line
+
+
+@pytest.fixture(scope="module")
+def steps_of_two(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that is trained took some steps in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("recipe_steps.py")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *torchrun, str(script), str(folder), str(plan), *rows()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", rows())
+def test_two_processes_step_by_the_mean_of_their_gradients(
+    name: str, steps_of_two: Path, plan: Path, tmp_path: Path
+) -> None:
+    """With several optimisers, moving averages, frozen teachers, and whatever is drawn at random."""
+    expected = train_alone(name, tmp_path, str(plan))
+    first, second = (torch.load(steps_of_two / name / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first.keys() == second.keys() == expected.keys()
+    for key, value in expected.items():
+        message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
+        torch.testing.assert_close(first[key], value, atol=1e-5, rtol=1e-4, msg=message)
+        if value.is_floating_point() and "weight" in key:
+            assert torch.equal(first[key], second[key]), key

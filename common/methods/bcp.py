@@ -7,7 +7,8 @@ and unlabelled anatomy lie in one image and are learnt alike. Before that, label
 
 Both are one run with one schedule of the learning rate, and the network goes on as it is; the paper has two trainings
 and starts the second from the best weights of the first. A loss is the sum of Dice and cross-entropy, in the paper half
-of that.
+of that; the Dice is of the structures, over the batch, in its code of the background, too, and of each crop. A batch is
+halved, so 2 + 2 crops are one labelled and one unlabelled pair's worth of voxels; the paper has 4 + 4.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = ["BidirectionalCopyPaste", "box_mask"]
 
 
 def box_mask(size: Sequence[int], fraction: float, device: torch.device | None = None) -> Tensor:
-    """The paper's mask M: (1, 1, *size), bool, False in a box at a random place and True around it.
+    """The mask M: (1, 1, *size), bool, False in a box and True around it; the box is anywhere, as in the paper's code.
 
     Args:
         size: voxels a spatial axis.

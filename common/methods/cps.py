@@ -26,7 +26,8 @@ class CrossPseudoSupervision(Method):
 
     That is the paper's sum; its code takes one mean over all crops, medical code the unlabelled ones alone. The ramp-up
     is of the latter. Both networks are in one optimiser, which for SGD is the same as one each but for the gradients'
-    clipping, whose norm is that of both.
+    clipping, whose norm is that of both. Only the second network's convolutions are drawn anew; other weights, where a
+    network has any, start alike.
 
     Args:
         network: a :class:`~common.networks.SegmentationNetwork`, the one that is deployed.

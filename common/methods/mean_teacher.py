@@ -6,7 +6,7 @@ teacher with Gaussian noise, and the squared difference of their softmax outputs
 the paper labelled images count in it too, and both inputs have noise.
 
 The teacher predicts in evaluation mode, with averaged norm statistics and without dropout; much public code leaves it
-in training mode.
+in training mode. The student is deployed, as the segmentation literature does, not its average, as the paper.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.measuring import ROOT, device_name, fastest, table
 
-_NOTHING = {"imports": ["$import common.engines"], "run": ["$common.engines.start(0, 'cpu')"]}
+_NOTHING = {"imports": ["$import common", "$import common.engines"], "run": ["$common.engines.start(0, 'cpu')"]}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

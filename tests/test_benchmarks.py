@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from bundle_runs import PLAN
 
-from benchmarks import inference, loading, plain_loop, training
+from benchmarks import inference, loading, plain_loop, start_up, training
 from benchmarks.__main__ import SECTIONS, main
 from common.data.phantom import generate_phantoms
 
@@ -89,6 +89,12 @@ def test_loading_from_files_and_from_the_cache(tmp_path: Path, plan: str) -> Non
         assert found["first"] > 0
         assert found["seconds"] > 0
     assert loading.measure_step(str(phantoms), "datalist.json", plan, "cpu")["seconds"] > 0
+
+
+def test_start_up_runs_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(start_up, "fastest", lambda call, device: call() or 2.0)
+    main(["start_up"])
+    assert "| python -m monai.bundle run, doing nothing | 2.0 | 1.00 |" in capsys.readouterr().out
 
 
 def test_sections_that_compute_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from monai.networks import one_hot
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from ..networks.reductions import likeliest_class
 from .segmentation import _resized, deep_supervision_weights
 
 __all__ = ["ConfidenceMaskedConsistency", "distillation_loss"]
@@ -88,7 +89,7 @@ class ConfidenceMaskedConsistency(nn.Module):
         student = torch.where(mask, student_logits.float(), 0.0)
         num_classes = student.shape[1]
         teacher = torch.where(mask, teacher_probabilities, 1.0 / num_classes)
-        pseudo_label = teacher.argmax(dim=1, keepdim=True)
+        pseudo_label = likeliest_class(teacher)
         if self.labels == "hard":
             loss = F.cross_entropy(student, pseudo_label.squeeze(1), reduction="none").unsqueeze(1)
         else:
@@ -103,7 +104,7 @@ class ConfidenceMaskedConsistency(nn.Module):
 
     def _dice(self, student: Tensor, reference: Tensor, pseudo_label: Tensor, mask: Tensor) -> Tensor:
         occurs = torch.zeros(student.shape[1], dtype=torch.bool, device=student.device)
-        for predicted in (pseudo_label, student.argmax(dim=1, keepdim=True)):
+        for predicted in (pseudo_label, likeliest_class(student)):
             occurs |= (one_hot(predicted, student.shape[1]).bool() & mask).transpose(0, 1).flatten(1).any(dim=1)
         foreground = occurs[1:]
         a_class = self.dice(student.softmax(dim=1) * mask, reference * mask).flatten()

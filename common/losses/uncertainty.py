@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import BadInput
+from ..networks.reductions import likeliest_class
 from .schedules import sigmoid_ramp_up
 
 __all__ = [
@@ -284,7 +285,7 @@ def confidence_mask(estimate: Estimate, thresholds: Tensor) -> Tensor:
         raise BadInput(
             f"Thresholds of shape {tuple(thresholds.shape)} for {num_classes} classes; expected one a class."
         )
-    pseudo_label = estimate.probabilities.argmax(dim=1, keepdim=True)
+    pseudo_label = likeliest_class(estimate.probabilities)
     return estimate.certainty >= thresholds.to(estimate.certainty)[pseudo_label]
 
 
@@ -300,7 +301,7 @@ def kept_fraction(mask: Tensor, probabilities: Tensor) -> Tensor:
         (K,), float32; NaN for a class that no voxel has as its most probable one.
     """
     num_classes = probabilities.shape[1]
-    pseudo_label = probabilities.argmax(dim=1, keepdim=True)
+    pseudo_label = likeliest_class(probabilities)
     # One count for both: class k not kept at 2k, kept at 2k + 1.
     counts = torch.bincount((2 * pseudo_label + mask.long()).flatten(), minlength=2 * num_classes)
     left_out, kept = counts.view(num_classes, 2).float().unbind(dim=1)

@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..losses import SegmentationLoss, deep_supervision_weights, sigmoid_ramp_up
 from ..networks.diffusion import AggregatingDecouplingNetwork
+from ..networks.reductions import likeliest_class
 from .base import Method, Segmenter, refuse_partial_labels
 
 __all__ = ["AggregatingDecoupling", "DifficultyWeights", "ddim_sample", "reparameterize_and_smooth"]
@@ -99,7 +100,7 @@ class DifficultyWeights(nn.Module):
         """
         num_classes = logits.shape[1]
         axes = [0, *range(2, logits.dim())]
-        prediction, reference = one_hot(logits.argmax(1, keepdim=True), num_classes), one_hot(label, num_classes)
+        prediction, reference = one_hot(likeliest_class(logits), num_classes), one_hot(label, num_classes)
         size = reference.sum(axes)
         dice = 2 * (prediction * reference).sum(axes) / (prediction.sum(axes) + size).clamp(min=1)
         present = size > 0
@@ -172,7 +173,7 @@ def reparameterize_and_smooth(clean: Tensor, logits: Tensor) -> Tensor:
     votes = F.gumbel_softmax(clean.float(), tau=1.0, dim=1)
     kernel = gaussian_1d(torch.ones(()), truncated=1.0, approx="sampled", normalize=True)
     smooth = separable_filtering(votes, [kernel] * (votes.dim() - 2), mode="replicate")
-    return (smooth + logits.float().softmax(1)).argmax(1, keepdim=True)
+    return likeliest_class(smooth + logits.float().softmax(1))
 
 
 class AggregatingDecoupling(Method):
@@ -302,7 +303,7 @@ class AggregatingDecoupling(Method):
         psi = self.network.difficulty_decoder
         logits = psi.full_resolution(psi(list(features)))
         if not self.diffusion:
-            return logits.argmax(1, keepdim=True)
+            return likeliest_class(logits)
         clean = ddim_sample(
             lambda noisy, step: self._clean_label(image, noisy, step),
             torch.randn(logits.shape, device=logits.device),
@@ -312,7 +313,7 @@ class AggregatingDecoupling(Method):
         with torch.autocast(device_type=image.device.type, enabled=False):
             if self.reparameterize:
                 return reparameterize_and_smooth(clean, logits)
-            return (clean.softmax(1) + logits.softmax(1)).argmax(1, keepdim=True)
+            return likeliest_class(clean.softmax(1) + logits.softmax(1))
 
     def _clean_label(self, image: Tensor, noisy: Tensor, step: int) -> Tensor:
         steps = torch.full((image.shape[0],), step, device=image.device)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..losses import SegmentationLoss
 from ..losses.partial_labels import Annotated
+from ..networks.reductions import likeliest_class
 from .base import Method, Segmenter
 from .moving_average import MovingAverage
 
@@ -133,7 +134,7 @@ class BidirectionalCopyPaste(Method):
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> Tensor:
         """The moving average's classes of images (B, C, *spatial), as (B, 1, *spatial); the largest component each."""
-        classes = self.average(image).argmax(1, keepdim=True)
+        classes = likeliest_class(self.average(image))
         keep = KeepLargestConnectedComponent()
         return torch.stack([convert_to_tensor(keep(item), track_meta=False) for item in classes])
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..losses import FocalDiceLoss, SegmentationLoss, sigmoid_ramp_up, unknown_classes
 from ..losses.partial_labels import Annotated
+from ..networks.reductions import likeliest_class
 from ..networks.unet import initialise
 from .base import Method, Segmenter
 from .moving_average import MovingAverage
@@ -129,7 +130,7 @@ class CoTraining(Method):
             "segmentation": hard,
             "consistency": soft,
             "region": mask.float().mean(),
-            "agreement": (outputs[0][0].argmax(1) == outputs[1][0].argmax(1)).float().mean(),
+            "agreement": (likeliest_class(outputs[0][0]) == likeliest_class(outputs[1][0])).float().mean(),
         }
 
     def after_step(self) -> None:

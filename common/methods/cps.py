@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses import SegmentationLoss, sigmoid_ramp_up
+from ..networks.reductions import likeliest_class
 from ..networks.unet import initialise
 from .base import Method, Segmenter
 
@@ -68,9 +69,9 @@ class CrossPseudoSupervision(Method):
             "loss": segmentation + weight * consistency,
             "segmentation": segmentation,
             "consistency": consistency,
-            "agreement": (first[0].argmax(1) == second[0].argmax(1)).float().mean(),
+            "agreement": (likeliest_class(first[0]) == likeliest_class(second[0])).float().mean(),
         }
 
 
 def _cross_entropy(logits: Tensor, other: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), other.detach().argmax(1))
+    return F.cross_entropy(logits.float(), likeliest_class(other.detach()).squeeze(1))

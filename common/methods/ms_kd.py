@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import BadInput
 from ..losses.segmentation import _resized
+from ..networks.reductions import likeliest_class
 from .base import Method, Segmenter
 
 __all__ = [
@@ -149,7 +150,7 @@ class MultiTeacherDistillation(Method):
             with torch.no_grad():
                 teacher_features, (answer, *_) = cast(Segmenter, teacher).forward_all(image)
             placed.append(place_probabilities(answer.float().softmax(1), organ, classes))
-            regions.append(answer.argmax(1, keepdim=True) == 1)
+            regions.append(likeliest_class(answer) == 1)
             if self.feature_weight > 0:
                 divergences += [
                     sorted_channel_divergence(features[stage], teacher_features[stage], regions[-1])

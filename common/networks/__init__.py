@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attention import AnatomyCrossAttention, soft_edges, to_grid
 from .dual_decoder import DualDecoderNetwork, RegressionDecoder, RegressionNetwork
-from .reductions import reduce_to_case
+from .reductions import likeliest_class, reduce_to_case
 from .unet import Decoder, Encoder, SegmentationNetwork
 from .weights import check_finite, hand_over, load_frozen, read_record, read_weights, save_weights, state_digest
 
@@ -18,6 +18,7 @@ __all__ = [
     "SegmentationNetwork",
     "check_finite",
     "hand_over",
+    "likeliest_class",
     "load_frozen",
     "read_record",
     "read_weights",

@@ -81,7 +81,7 @@ class RegressionDecoder(Decoder):
         attention_window: None for full attention, a window for all stages, or a list with one of these a stage.
         prior: whether attention is drawn to the edge.
         convolutions_per_stage: convolution blocks in a stage.
-        dropout: probability of dropping an element after a convolution.
+        dropout: probability of dropping a channel after a convolution.
 
     Raises:
         BadInput: when a target or an attention stage is impossible.
@@ -183,7 +183,7 @@ class DualDecoderNetwork(nn.Module):
         edge_kernel: odd size in voxels of the pooling that finds edges, an integer or one an axis.
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
-        dropout: probability of dropping an element after a convolution.
+        dropout: probability of dropping a channel after a convolution.
         segmentation_gradient: whether the regression's gradient reaches the segmentation decoder through attention. It
             always reaches an encoder that isn't frozen.
 
@@ -304,7 +304,7 @@ class RegressionNetwork(nn.Module):
         targets: descriptions of the R regression targets; see :class:`RegressionDecoder`.
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
-        dropout: probability of dropping an element after a convolution.
+        dropout: probability of dropping a channel after a convolution.
 
     Raises:
         BadInput: as :class:`DualDecoderNetwork`.

@@ -79,7 +79,7 @@ class DynamicHeadNetwork(nn.Module):
         kernel_sizes: odd kernel size of each stage, an integer or one an axis.
         strides: stride of each stage's first convolution, an integer or one an axis.
         convolutions_per_stage: convolution blocks in a stage, in encoder and decoder.
-        dropout: probability of dropping an element after a convolution.
+        dropout: probability of dropping a channel after a convolution.
         tasks: class ids of each task, ``[organ]`` or ``[organ, tumour]``; by default every class is an organ.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a dense regression channel to a number a case."""
+"""From dense channels to a class a voxel, and to a number a case."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from torch import Tensor
 
 from ..errors import BadInput
 
-__all__ = ["reduce_to_case"]
+__all__ = ["likeliest_class", "reduce_to_case"]
+
+
+def likeliest_class(scores: Tensor) -> Tensor:
+    """The class with the highest score at each voxel; of equal ones the first.
+
+    Args:
+        scores: logits or probabilities, (B, K, *spatial).
+
+    Returns:
+        Class ids, (B, 1, *spatial).
+    """
+    # `argmax` says the same and takes ten times as long on a CPU, more than the convolutions before it.
+    return scores.max(dim=1, keepdim=True).indices
 
 
 def reduce_to_case(regression: Tensor, kind: str, probabilities: Tensor | None = None) -> Tensor:

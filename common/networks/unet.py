@@ -87,6 +87,7 @@ def _stage(
                 act=ACTIVATION,
                 norm=NORM,
                 dropout=dropout or None,
+                dropout_dim=spatial_dims,
                 bias=True,
             )
             for index in range(convolutions)
@@ -112,7 +113,7 @@ class Encoder(nn.Module):
         kernel_sizes: odd kernel size of each stage, an integer or one an axis.
         strides: stride of each stage's first convolution, an integer or one an axis. ``strides[0]`` is usually 1.
         convolutions_per_stage: convolution blocks in a stage.
-        dropout: probability of dropping an element after a convolution. 0 leaves dropout out.
+        dropout: probability of dropping a channel after a convolution. 0 leaves dropout out.
 
     Raises:
         BadInput: when the lists disagree in length or a value is impossible.
@@ -203,7 +204,7 @@ class Decoder(nn.Module):
         encoder: gives the channels, kernel sizes and strides. It is only read, not kept.
         out_channels: channels of the heads.
         convolutions_per_stage: convolution blocks in a stage.
-        dropout: probability of dropping an element after a convolution. 0 leaves dropout out.
+        dropout: probability of dropping a channel after a convolution. 0 leaves dropout out.
         deep_supervision: whether every stage gets a head, or the last one only.
     """
 
@@ -296,7 +297,7 @@ class SegmentationNetwork(nn.Module):
         kernel_sizes: odd kernel size of each stage, an integer or one an axis.
         strides: stride of each stage's first convolution, an integer or one an axis.
         convolutions_per_stage: convolution blocks in a stage, in encoder and decoder.
-        dropout: probability of dropping an element after a convolution.
+        dropout: probability of dropping a channel after a convolution.
 
     Raises:
         BadInput: when the lists disagree in length or a value is impossible; in use, when the image's size isn't a

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import BadInput
-from common.networks import reduce_to_case
+from common.networks import likeliest_class, reduce_to_case
 
 VALUES = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]).reshape(2, 1, 2, 2)
 
@@ -31,3 +31,10 @@ def test_gradients_stay_finite_without_the_structure():
 def test_another_kind_is_explained():
     with pytest.raises(BadInput, match="'dense'"):
         reduce_to_case(VALUES, "dense")
+
+
+def test_the_likeliest_class_has_the_highest_score_and_of_equal_ones_is_the_first():
+    scores = torch.tensor([[1.0, 5, 2], [4, 5, 2], [3, 0, 7]]).reshape(1, 3, 3, 1)
+    assert likeliest_class(scores).flatten().tolist() == [1, 0, 2]
+    scores = torch.randn(2, 4, 5, 6, 7)
+    assert torch.equal(likeliest_class(scores), scores.argmax(1, keepdim=True))

@@ -57,7 +57,7 @@ def test_a_block_is_convolution_norm_and_leaky_relu():
     torch.testing.assert_close(block(x), torch.where(normed > 0, normed, 0.01 * normed), atol=1e-5, rtol=1e-5)
     dropped = SegmentationNetwork(**SMALL, dropout=0.5).encoder.stages[0][0]
     kinds = [type(m).__name__ for m in dropped.modules() if not list(m.children())]
-    assert kinds == ["Conv3d", "Dropout", "InstanceNorm3d", "LeakyReLU"]
+    assert kinds == ["Conv3d", "Dropout3d", "InstanceNorm3d", "LeakyReLU"]
 
 
 def test_he_initialisation():

@@ -104,8 +104,7 @@ class AggregatingDecouplingNetwork(nn.Module):
             return self._denoise(decoder, torch.cat([image, noisy.to(image.dtype)], dim=1), self.step_embedding(step))
 
     def _denoise(self, decoder: Decoder | VNetDecoder, x: Tensor, embedding: Tensor) -> list[Tensor]:
-        if isinstance(self.encoder, VNetEncoder):
-            x = self.encoder.lay_out(x)
+        x = self.encoder.lay_out(x)
         features: list[Tensor] = []
         for index, (stage, shift) in enumerate(zip(self.encoder.stages, self.encoder_shifts, strict=True)):
             blocks = list(stage.children())

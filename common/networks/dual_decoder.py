@@ -186,6 +186,7 @@ class DualDecoderNetwork(nn.Module):
         dropout: probability of dropping a channel after a convolution.
         segmentation_gradient: whether the regression's gradient reaches the segmentation decoder through attention. It
             always reaches an encoder that isn't frozen.
+        channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
 
     Raises:
         BadInput: when arguments are impossible or disagree; in use, when the image's size isn't a multiple of
@@ -211,11 +212,12 @@ class DualDecoderNetwork(nn.Module):
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
         segmentation_gradient: bool = True,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         prior = is_on(prior, "prior")
         self.encoder = Encoder(
-            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout, channels_last
         )
         self.divisor = self.encoder.divisor
         self.segmentation_decoder = Decoder(self.encoder, out_channels, convolutions_per_stage, dropout)
@@ -305,6 +307,7 @@ class RegressionNetwork(nn.Module):
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
+        channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
 
     Raises:
         BadInput: as :class:`DualDecoderNetwork`.
@@ -321,10 +324,11 @@ class RegressionNetwork(nn.Module):
         heteroscedastic: bool = False,
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(
-            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout, channels_last
         )
         self.divisor = self.encoder.divisor
         self.regression_decoder = RegressionDecoder(

@@ -18,13 +18,14 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .layout import ChannelsLast
 
 __all__ = ["Decoder", "Encoder", "SegmentationNetwork", "full_precision", "initialise", "per_axis"]
 
 PerAxis = int | Sequence[int]
 
 NEGATIVE_SLOPE = 0.01
-NORM = ("instance", {"affine": True, "eps": 1e-5})
+NORM = ("instance_in_place", {"affine": True, "eps": 1e-5})
 ACTIVATION = ("leakyrelu", {"negative_slope": NEGATIVE_SLOPE, "inplace": True})
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
@@ -114,6 +115,7 @@ class Encoder(nn.Module):
         strides: stride of each stage's first convolution, an integer or one an axis. ``strides[0]`` is usually 1.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution. 0 leaves dropout out.
+        channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
 
     Raises:
         BadInput: when the lists disagree in length or a value is impossible.
@@ -132,6 +134,7 @@ class Encoder(nn.Module):
         strides: Sequence[PerAxis],
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         if spatial_dims not in INTERPOLATION:
@@ -149,6 +152,7 @@ class Encoder(nn.Module):
             )
         if convolutions_per_stage < 1:
             raise BadInput(f"convolutions_per_stage: found {convolutions_per_stage}, expected 1 or more.")
+        self.lay_out = ChannelsLast(channels_last)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.features = list(features)
@@ -190,6 +194,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of all stages, high to low resolution, from an image (B, C, *spatial)."""
+        x = self.lay_out(x)
         features: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
@@ -298,6 +303,7 @@ class SegmentationNetwork(nn.Module):
         strides: stride of each stage's first convolution, an integer or one an axis.
         convolutions_per_stage: convolution blocks in a stage, in encoder and decoder.
         dropout: probability of dropping a channel after a convolution.
+        channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
 
     Raises:
         BadInput: when the lists disagree in length or a value is impossible; in use, when the image's size isn't a
@@ -314,10 +320,11 @@ class SegmentationNetwork(nn.Module):
         strides: Sequence[PerAxis],
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         self.encoder = Encoder(
-            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout, channels_last
         )
         self.divisor = self.encoder.divisor
         self.segmentation_decoder = Decoder(self.encoder, out_channels, convolutions_per_stage, dropout)

@@ -4,9 +4,6 @@ Milletari, Navab & Ahmadi, "V-Net: fully convolutional neural networks for volum
 2016, as UA-MT (Yu et al., MICCAI 2019), DTC, MC-Net, SS-Net and BCP use it: kernels of 3 in place of 5, batch norm and
 ReLU in place of PReLU, no residual sums inside a stage, two classes by softmax. A stage's skip is added to what comes
 up from below, not concatenated. Convolutions keep PyTorch's own initialisation, as there.
-
-On CPUs it works with the channels of a voxel side by side in memory, which makes its convolutions faster
-(``docs/performance.md``). Batch norm keeps that layout; nnU-Net's instance norm does not, so its network goes without.
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import BadInput
+from .layout import ChannelsLast
 from .unet import Encoder, full_precision
 
 __all__ = ["VNet", "VNetDecoder", "VNetEncoder", "without_running_statistics"]
@@ -47,20 +45,6 @@ def _block(spatial_dims: int, before: int, after: int, stride: int = 1, transpos
     )
 
 
-def channels_side_by_side(x: Tensor) -> Tensor:
-    """``x`` (B, C, D, H, W) in PyTorch's ``channels_last_3d``, an image of one channel included.
-
-    Of one channel both layouts are the same memory, so PyTorch's own conversion leaves it as it is, and convolutions go
-    on in the default layout.
-    """
-    depth, height, width = x.shape[2:]
-    if x.shape[1] > 1:
-        return x.contiguous(memory_format=torch.channels_last_3d)
-    return x.contiguous().as_strided(
-        [x.shape[0], 1, depth, height, width], [depth * height * width, 1, height * width, width, 1]
-    )
-
-
 def _blocks(spatial_dims: int, channels: int, count: int) -> list[nn.Module]:
     return [_block(spatial_dims, channels, channels) for _ in range(count)]
 
@@ -74,8 +58,7 @@ class VNetEncoder(nn.Module):
         features: channels of each stage, highest resolution first; every further stage halves all axes.
         convolutions: convolutions of each stage, not counting the strided one before it.
         dropout: probability of dropping a channel of the last stage. 0 leaves dropout out.
-        channels_last: whether the channels of a voxel lie side by side in memory; None where that is known to be
-            faster, for volumes on CPUs. It changes no more than the order of sums.
+        channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
 
     Raises:
         BadInput: when the lists disagree in length or a value is impossible.
@@ -97,8 +80,6 @@ class VNetEncoder(nn.Module):
         super().__init__()
         if spatial_dims not in (2, 3):
             raise BadInput(f"spatial_dims: found {spatial_dims}, expected 2 or 3.")
-        self.channels_last_on_cpu = spatial_dims == 3 and channels_last is not False
-        self.channels_last_on_others = spatial_dims == 3 and channels_last is True
         if len(features) != len(convolutions) or len(features) < 2:
             raise BadInput(
                 f"features and convolutions: found {len(features)} and {len(convolutions)} entries, expected the same "
@@ -108,6 +89,7 @@ class VNetEncoder(nn.Module):
             raise BadInput(f"convolutions: found {list(convolutions)}, expected 1 or more in each stage.")
         if not 0 <= dropout < 1:
             raise BadInput(f"dropout: found {dropout}, expected a probability from 0 to below 1.")
+        self.lay_out = ChannelsLast(channels_last)
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.features = list(features)
@@ -125,12 +107,6 @@ class VNetEncoder(nn.Module):
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else nn.Identity()
 
     check_size = Encoder.check_size
-
-    def lay_out(self, x: Tensor) -> Tensor:
-        """An image (B, C, *spatial) in the memory layout in which this network works."""
-        if self.channels_last_on_cpu if x.device.type == "cpu" else self.channels_last_on_others:
-            return channels_side_by_side(x)
-        return x
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features of all stages, high to low resolution, from an image (B, C, *spatial)."""

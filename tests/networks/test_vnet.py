@@ -69,7 +69,7 @@ def test_skips_are_added():
     high = first(x)
     low = second(high)
     by_hand = decoder.heads[0](decoder.stages[0](decoder.upsampling[0](low) + high))
-    assert torch.equal(network(x), by_hand)
+    torch.testing.assert_close(network(x), by_hand)
 
 
 def test_dropout_lies_behind_the_lowest_stage_and_before_the_head():
@@ -151,26 +151,3 @@ def test_mixed_precision_ends_in_float32():
         features, logits = network.forward_all(x)
     assert features[0].dtype == torch.bfloat16
     assert [level.dtype for level in logits] == [torch.float32]
-
-
-@pytest.mark.parametrize("channels", [1, 2])
-def test_the_layout_in_memory_changes_nothing_but_the_order_of_sums(channels):
-    torch.manual_seed(0)
-    settings = {**SMALL, "in_channels": channels, "dropout": 0.0}
-    side_by_side, default = VNet(**settings), VNet(**settings, channels_last=False)
-    default.load_state_dict(side_by_side.state_dict())
-    x = torch.randn(2, channels, 8, 12, 8)
-    results = []
-    for network in (side_by_side, default):
-        features, logits = network.forward_all(x)
-        logits[0].square().mean().backward()
-        results.append((features, logits[0], [p.grad for p in network.parameters()]))
-    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
-    # All the way from the image, which is where PyTorch's own conversion leaves a single channel as it is.
-    assert [[f.stride(1) == 1 for f in features] for features, *_ in results] == [[True] * 3, [False] * 3]
-    assert results[0][1].stride(1) == 1
-
-
-def test_flat_images_keep_their_layout():
-    features, _ = VNet(**FLAT, channels_last=True).forward_all(torch.randn(2, 3, 8, 8))
-    assert features[0].is_contiguous()

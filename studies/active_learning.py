@@ -32,7 +32,7 @@ from common.study import ROOT, Study
 
 STRATEGIES = ("random", "entropy", "disagreement")
 RUNS = {"supervised": "supervised only", "student": "with unlabelled images"}
-# As studies/hippocampus.json: the same plan, and a third of the steps for the teacher.
+# As studies/hippocampus.json, with smaller batches: there are many trainings. A third of the steps is the teacher's.
 SETTINGS = {
     "iterations_per_epoch": 50,
     "val_interval": 1000,
@@ -40,7 +40,7 @@ SETTINGS = {
     "learning_rate": 0.05,
     "mirror_axes": [0],
 }
-PLAN = {"width": 16, "max_width": 128, "set": {"patch_size": [32, 48, 32]}}
+PLAN = {"width": 16, "max_width": 128, "set": {"patch_size": [32, 48, 32], "batch_size": 2}}
 
 Case = dict[str, Any]
 

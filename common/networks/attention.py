@@ -110,23 +110,23 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, larg
             backward pass of its fused kernel takes several times as long.
     """
     channels = query.shape[-1]
+    query = query / math.sqrt(channels)
+    if bias is not None:
+        # As one more channel: a mask that needs a gradient would keep the fused kernels out, at ten times the time and
+        # all of the tokens x tokens memory, and where the scores are formed it would be one more pass over them.
+        of_heads = bias.unsqueeze(1).to(key.dtype).expand(-1, key.shape[1], -1, -1)
+        query = torch.cat([query, torch.ones_like(query[..., :1])], dim=-1)
+        key = torch.cat([key, of_heads], dim=-1)
     if query.device.type == "cpu" and query.shape[-2] <= largest_formed:
-        scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(channels)
-        if bias is not None:
-            scores = scores + bias.transpose(1, 2).unsqueeze(1).to(scores.dtype)
+        scores = torch.matmul(query, key.transpose(-1, -2))
         return torch.matmul(torch.softmax(scores, dim=-1).to(value.dtype), value)
-    if bias is None:
-        return F.scaled_dot_product_attention(query, key, value)
-    # The bias goes in as one more channel: a mask that needs a gradient would keep the fused kernels out, at ten times
-    # the time and all of the tokens x tokens memory. The kernels on GPUs want a multiple of 8 channels.
-    extra = 8 - channels % 8
-    constant = torch.full_like(query[..., :1], math.sqrt(channels))
-    of_heads = bias.unsqueeze(1).to(key.dtype).expand(-1, key.shape[1], -1, -1)
+    # The kernels on GPUs want a multiple of 8 channels, the same of all three.
+    width = query.shape[-1] + -query.shape[-1] % 8
     return F.scaled_dot_product_attention(
-        F.pad(torch.cat([query, constant], dim=-1), [0, extra - 1]),
-        F.pad(torch.cat([key, of_heads], dim=-1), [0, extra - 1]),
-        F.pad(value, [0, extra]),
-        scale=1.0 / math.sqrt(channels),
+        F.pad(query, [0, width - query.shape[-1]]),
+        F.pad(key, [0, width - key.shape[-1]]),
+        F.pad(value, [0, width - channels]),
+        scale=1.0,
     )[..., :channels]
 
 

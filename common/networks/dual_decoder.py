@@ -82,9 +82,10 @@ class RegressionDecoder(Decoder):
         prior: whether attention is drawn to the edge.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
+        width: channels of a stage as a share of the encoder's.
 
     Raises:
-        BadInput: when a target or an attention stage is impossible.
+        BadInput: when a target, an attention stage or the width is impossible.
     """
 
     def __init__(
@@ -98,10 +99,11 @@ class RegressionDecoder(Decoder):
         prior: bool = True,
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        width: float = 1.0,
     ) -> None:
         _check_targets(targets)
         outputs = len(targets) * (2 if heteroscedastic else 1)
-        super().__init__(encoder, outputs, convolutions_per_stage, dropout, deep_supervision=False)
+        super().__init__(encoder, outputs, convolutions_per_stage, dropout, deep_supervision=False, width=width)
         stages = len(self.stages)
         if len(set(attention_stages)) != len(attention_stages) or not set(attention_stages) <= set(range(stages)):
             raise BadInput(
@@ -111,11 +113,11 @@ class RegressionDecoder(Decoder):
         window_of = dict(zip(attention_stages, _windows(attention_window, attention_stages), strict=True))
         self.attention = nn.ModuleList(
             AnatomyCrossAttention(
-                encoder.spatial_dims, channels, channels, attention_heads, window_of[stages - 1 - index], prior
+                encoder.spatial_dims, channels, read, attention_heads, window_of[stages - 1 - index], prior
             )
             if stages - 1 - index in window_of
             else _NoAttention()
-            for index, channels in enumerate(self.features)
+            for index, (channels, read) in enumerate(zip(self.features, encoder.features[-2::-1], strict=True))
         )
         scales = [_head_scale(target) for target in targets]
         shifts = [float(target.get("offset", 0.0)) for target in targets]
@@ -184,6 +186,8 @@ class DualDecoderNetwork(nn.Module):
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
+        regression_width: channels of the regression decoder's stages as a share of the others'.
+        regression_convolutions: convolution blocks in a stage of the regression decoder; None is as many as elsewhere.
         segmentation_gradient: whether the regression's gradient reaches the segmentation decoder through attention. It
             always reaches an encoder that isn't frozen.
         channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
@@ -211,6 +215,8 @@ class DualDecoderNetwork(nn.Module):
         heteroscedastic: bool = False,
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        regression_width: float = 1.0,
+        regression_convolutions: int | None = None,
         segmentation_gradient: bool = True,
         channels_last: bool | None = None,
     ) -> None:
@@ -229,8 +235,9 @@ class DualDecoderNetwork(nn.Module):
             attention_heads,
             attention_window,
             prior,
-            convolutions_per_stage,
+            regression_convolutions or convolutions_per_stage,
             dropout,
+            regression_width,
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)

@@ -211,6 +211,7 @@ class Decoder(nn.Module):
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution. 0 leaves dropout out.
         deep_supervision: whether every stage gets a head, or the last one only.
+        width: channels of a stage as a share of the encoder's, at least 1 channel.
     """
 
     def __init__(
@@ -220,9 +221,13 @@ class Decoder(nn.Module):
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
         deep_supervision: bool = True,
+        width: float = 1.0,
     ) -> None:
         super().__init__()
-        dims, features = encoder.spatial_dims, encoder.features
+        if not 0 < width <= 1:
+            raise BadInput(f"width of a decoder: found {width}, expected a share of the encoder's above 0, at most 1.")
+        dims = encoder.spatial_dims
+        features = [max(1, round(width * channels)) for channels in encoder.features[:-1]] + encoder.features[-1:]
         transposed, pointwise = Conv[Conv.CONVTRANS, dims], Conv[Conv.CONV, dims]
         levels = list(reversed(range(len(features) - 1)))
         # From low to high resolution, as they are run.
@@ -239,7 +244,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             _stage(
                 dims,
-                2 * features[level],
+                features[level] + encoder.features[level],
                 features[level],
                 encoder.kernel_sizes[level],
                 [1] * dims,

@@ -212,3 +212,32 @@ def test_an_impossible_image_is_explained():
     for network in (dual(), RegressionNetwork(**SHAPE, targets=TARGETS)):
         with pytest.raises(BadInput, match=r"multiple of \[2, 4, 4\]"):
             network(torch.zeros(1, 1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FLAT])
+def test_a_narrower_regression_decoder_reads_the_same_features(shape):
+    """Half of 4 and 6 channels, one block a stage: up, with the encoder's features beside it, and one convolution."""
+    network = dual(shape, regression_width=0.5, regression_convolutions=1)
+    decoder, size = network.regression_decoder, {3: 27, 2: 9}[shape["spatial_dims"]]
+    assert decoder.features == [3, 2]
+    assert [len(stage) for stage in decoder.stages] == [1, 1]
+    if shape is FLAT:
+        assert decoder.upsampling[0].weight.shape == (8, 3, 2, 2)
+        assert decoder.stages[0][0].conv.weight.numel() == (3 + 6) * 3 * size
+        assert decoder.stages[1][0].conv.weight.numel() == (2 + 4) * 2 * size
+    x = image(shape)
+    assert network(x).shape == (2, 5, *x.shape[2:])
+    network(x).square().mean().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+    # What is handed over from the student is as large as ever.
+    whole = dual(shape)
+    for part in PARTS:
+        assert [p.shape for p in getattr(network, part).parameters()] == [
+            p.shape for p in getattr(whole, part).parameters()
+        ]
+
+
+@pytest.mark.parametrize("width", [0.0, -1.0, 1.5])
+def test_impossible_widths_are_explained(width):
+    with pytest.raises(BadInput, match=r"width.*above 0"):
+        dual(regression_width=width)

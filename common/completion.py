@@ -84,7 +84,7 @@ class _Teacher:
             intensity=settings["intensity"],
             orientation=settings.get("orientation", "RAS"),
         )
-        self.inferer = SlidingWindow(settings["patch_size"], sw_batch_size=4, overlap=0.5, amp=amp)
+        self.inferer = SlidingWindow(settings["patch_size"], overlap=0.5, amp=amp)
         self.finish = Compose(
             [
                 SplitOutputd("pred", 2),

@@ -165,3 +165,90 @@ def test_impossible_strides_and_averages_are_explained(stride):
         SlidingWindow((8, 8), stride=stride)
     with pytest.raises(BadInput, match="average: found 'labels'"):
         SlidingWindow((8, 8), average="labels")
+
+
+def body_in_air(size: tuple[int, ...] = (40, 36)) -> Tensor:
+    """A disc of 0 in noisy air of -5."""
+    torch.manual_seed(0)
+    image = -5 + 0.5 * torch.randn(1, 1, *size)
+    image[..., 14:20, 17:25] = 0
+    return image
+
+
+def test_windows_of_air_alone_are_not_given_to_the_network(network):
+    image, seen = body_in_air(), []
+    counted = network.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    settings = {"sw_batch_size": 1, "amp": False, "mode": "constant", "overlap": 0.0}
+    with torch.no_grad():
+        found = SlidingWindow((8, 8), air=-4.0, classes=2, **settings)(image, network)
+        few = sum(seen)
+        whole = SlidingWindow((8, 8), **settings)(image, network)
+    counted.remove()
+    # blocks of 4 with some of the body: rows 12-20, columns 16-28; half a window round them: 8-24 and 12-32
+    assert few == 2 * 3 < sum(seen) - few == 5 * 5
+    assert found.shape == whole.shape == (1, 3, 40, 36)
+    assert torch.equal(found[..., 9:15, 13:19], network(image)[..., 9:15, 13:19].detach())
+    outside = torch.ones(40, 36, dtype=torch.bool)
+    outside[8:24, 12:32] = False
+    assert torch.equal(found[0, :, outside].unique(dim=1), torch.tensor([[20.0], [0.0], [0.0]]))
+    regression = SlidingWindow((8, 8), air=-4.0, classes=0, **settings)(image, network)
+    assert not regression[0, :, outside].any(), "without classes no channel is the background's"
+
+
+@pytest.mark.parametrize("where", [(0, 0), (39, 35), (20, 0)])
+def test_a_body_at_the_border_is_seen_whole(where, network):
+    image = body_in_air()
+    image[..., where[0], where[1]] = 200.0  # of which its block has a mean far above air's
+    with torch.no_grad():
+        found = SlidingWindow((16, 16), amp=False, air=-4.0, classes=3)(image, network)
+    assert found[..., where[0], where[1]].flatten().tolist() != [20.0, 0.0, 0.0]
+
+
+def test_noise_is_air_and_a_volume_of_air_alone_is_predicted_whole(network):
+    image = body_in_air()
+    with torch.no_grad():
+        for volume in (image[..., 26:, :], torch.zeros(1, 1, 40, 36)):
+            expected = SlidingWindow((16, 16), amp=False)(volume, network)
+            assert torch.equal(SlidingWindow((16, 16), amp=False, air=-4.0, classes=3)(volume, network), expected)
+        small = image[..., 14:18, 18:22]
+        assert SlidingWindow((16, 16), amp=False, air=-4.0)(small, network).shape == (1, 3, 4, 4)
+
+
+def test_skipping_air_changes_inside_only_where_windows_begin(network):
+    image = body_in_air()
+    settings = {"roi_size": (16, 16), "amp": False, "average": "probabilities"}
+    with torch.no_grad():
+        found = SlidingWindow(**settings, air=-4.0, classes=3)(image, network)
+        whole = SlidingWindow(**settings)(image, network)
+    inside = (..., slice(16, 20), slice(16, 24))
+    torch.testing.assert_close(found[inside].softmax(1), whole[inside].softmax(1), atol=5e-3, rtol=0)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("window", "expected"), [((16, 16, 16), 64), ((64, 64, 64), 1), ((128, 128, 128), 1)])
+def test_a_cpu_takes_small_windows_together_and_large_ones_one_by_one(window, expected):
+    seen = []
+    image = torch.zeros(1, 1, *[5 * length // 2 for length in window])
+    inferer = SlidingWindow(window, amp=False, overlap=0.5, mode="constant")
+    inferer(image, lambda windows: seen.append(len(windows)) or windows)
+    assert max(seen) == expected
+
+
+def test_an_accelerator_takes_as_many_windows_as_fit(monkeypatch):
+    """10 GB free and 2 GB that the allocator keeps; a window takes 0.5 GB beside the 1 GB of the network."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1e9)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1.5e9)
+    tried = []
+    inferer = SlidingWindow((8, -1), amp=False)
+    count = inferer._windows_at_once(torch.zeros(2, 3, 20, 12), tried.append, torch.device("cuda"))
+    assert count == int(0.6 * 12e9 / 0.5e9) == 14
+    assert [tuple(window.shape) for window in tried] == [(1, 3, 8, 12)]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "all"])
+def test_an_impossible_number_of_windows_is_explained(number):
+    with pytest.raises(BadInput, match=f"sw_batch_size: found {number!r}.*'auto'"):
+        SlidingWindow((8, 8), sw_batch_size=number)

@@ -50,7 +50,7 @@ def _instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilo
         return F.instance_norm(x, weight=weight, bias=bias, eps=epsilon)
     # PyTorch's own would copy to the default order and stay there. Batch norm of one sample is the same.
     samples = [F.batch_norm(sample, None, None, weight, bias, training=True, eps=epsilon) for sample in x.split(1)]
-    return torch.cat(samples)
+    return torch.cat(samples) if len(samples) > 1 else samples[0]
 
 
 class InstanceNorm2d(nn.InstanceNorm2d):

@@ -7,7 +7,7 @@ from .familiarity import CaseWarningsd
 from .loading import LoadCased
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd
 from .postprocessing import load_references, monitor_postprocessing, postprocessing
-from .preprocessing import Spacingd, chain, preprocessing
+from .preprocessing import Spacingd, air, chain, preprocessing
 
 __all__ = [
     "CaseSummaryd",
@@ -17,6 +17,7 @@ __all__ = [
     "MaskTargetd",
     "Spacingd",
     "SplitOutputd",
+    "air",
     "chain",
     "crop",
     "crop_indices",

@@ -25,9 +25,11 @@ from ..targets import dense_names
 from .familiarity import MeasureImaged
 from .loading import LoadCased
 
-__all__ = ["Spacingd", "chain", "preprocessing"]
+__all__ = ["Spacingd", "air", "chain", "preprocessing"]
 
 AXES = ("RL", "AP", "SI")
+#: HU that blocks of air with its noise stay below
+AIR = -900.0
 
 
 class Spacingd(MonaiSpacingd):
@@ -165,6 +167,26 @@ def preprocessing(
         steps.append(_normalization(intensity or {"kind": "zscore"}))
     steps.append(EnsureTyped(maps, dtype=types, track_meta=True, allow_missing_keys=True))
     return Compose(steps)
+
+
+def air(intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> float | None:
+    """The value after normalisation up to which a voxel of a CT is air outside the body, for :class:`.SlidingWindow`.
+
+    That is -900 HU, or where all darker values are made one, that one. Lungs are darker in places, but lie inside.
+
+    Args:
+        intensity: as :func:`preprocessing` takes it.
+
+    Returns:
+        None where no such value is known: for all but CT of one channel.
+    """
+    if isinstance(intensity, Sequence) and len(intensity) == 1:
+        intensity = intensity[0]
+    if not isinstance(intensity, Mapping) or intensity.get("kind") != "ct":
+        return None
+    lower, mean, std = (float(intensity[name]) for name in ("lower", "mean", "std"))
+    rounding = 1e-3
+    return (max(lower, AIR) - mean) / std + rounding
 
 
 def _normalization(intensity: Mapping[str, Any]) -> Callable:

@@ -11,7 +11,7 @@ from monai.data import CacheDataset
 from monai.transforms import Invertd, RandGaussianNoised
 
 from common.errors import BadInput
-from common.transforms import chain, preprocessing
+from common.transforms import air, chain, preprocessing
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
 TARGETS = [
@@ -159,6 +159,21 @@ def test_ct_clips_then_normalises(tmp_path):
     intensity = {"kind": "ct", "lower": -100, "upper": 300, "mean": 40, "std": 20}
     done = preprocessing(intensity=intensity)({"image": write(tmp_path / "a.nii.gz", image, np.eye(4))})["image"]
     np.testing.assert_allclose(done.flatten(), [-7, -7, -2, 0, 3, 8, 13, 13], atol=1e-5)
+
+
+@pytest.mark.parametrize(("lower", "darkest_tissue"), [(-1000, -899), (-160, -159)])
+def test_air_of_a_ct_is_below_900_hu_or_what_is_clipped(lower, darkest_tissue, tmp_path):
+    intensity = {"kind": "ct", "lower": lower, "upper": 300, "mean": 40, "std": 20}
+    image = np.full((4, 4, 4), max(lower, -900), np.float32)
+    image[0, 0, 0] = darkest_tissue
+    done = preprocessing(intensity=intensity)({"image": write(tmp_path / "a.nii.gz", image, np.eye(4))})["image"]
+    assert np.argwhere(np.asarray(done[0]) > air(intensity)).tolist() == [[0, 0, 0]]
+    assert air([intensity]) == air(intensity)
+
+
+@pytest.mark.parametrize("intensity", [None, {"kind": "zscore"}, [{"kind": "zscore"}] * 2])
+def test_of_other_images_nobody_knows_what_air_is(intensity):
+    assert air(intensity) is None
 
 
 @pytest.mark.parametrize(

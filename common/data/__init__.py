@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .caching import CachedDataset
 from .checks import check_cases, check_labels, check_output
 from .datalist import SECTIONS, case_keys, case_name, load_section, read_datalist
 from .inputs import find_cases
@@ -12,6 +13,7 @@ from .thickness import wall_thickness
 
 __all__ = [
     "SECTIONS",
+    "CachedDataset",
     "EpochSampler",
     "SeededDataset",
     "StreamLoader",

@@ -13,12 +13,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from monai.data import CacheDataset
 
 from ..errors import BadInput
 from ..files import write_nifti
 from ..targets import is_dense, structure_ids
 from ..transforms.loading import image_loader
+from .caching import CachedDataset
 from .datalist import case_name, load_section
 from .grids import describe_error, read_grid
 from .inputs import find_cases
@@ -151,14 +151,14 @@ def _measured(target: Mapping[str, Any], label_path: Path, path: Path) -> str:
     return str(path)
 
 
-class MeasuredDataset(CacheDataset):
-    """MONAI's data set with cached transforms, of entries completed by :func:`with_maps`.
+class MeasuredDataset(CachedDataset):
+    """The data set with cached transforms, of entries completed by :func:`with_maps`.
 
     Args:
         data: labelled entries.
         targets: descriptions of the regression targets.
         output_dir: see :func:`with_maps`.
-        kwargs: everything else that MONAI's data set takes.
+        kwargs: everything else that :class:`.CachedDataset` takes.
     """
 
     def __init__(

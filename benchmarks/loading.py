@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Events
 from monai.bundle import ConfigParser
 
-from benchmarks.measuring import device_name, in_own_process, synchronize, table
+from benchmarks.measuring import device_name, in_own_process, table, time_steps
 from common.data.phantom import generate_phantoms
 from common.engines import SemiSupervisedTrainer, start
 from common.study import ROOT
@@ -68,15 +68,9 @@ def measure_step(data: str, datalist: str, plan: str | None, device: str) -> dic
         method, optimizer = (parser.get_parsed_content(f"train#{key}") for key in ("method", "optimizer"))
         clip = parser["gradient_clip"]
         trainer = SemiSupervisedTrainer(device, 1, batches, method, optimizer, parser["amp"], clip)
-        times: list[float] = []
-
-        def note() -> None:
-            synchronize(device)
-            times.append(time.perf_counter())
-
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, note)
+        seconds = time_steps(trainer, device)
         trainer.run()
-        return {"seconds": (times[-1] - times[0]) / (len(times) - 1)}
+        return {"seconds": statistics.median(seconds[1:])}
 
 
 def report(data: str, datalist: str, plan: str | None, device: str) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 
 from common.tables import machine
 
-__all__ = ["device_name", "fastest", "in_own_process", "matrix_rate", "peak_memory", "synchronize", "table"]
+__all__ = ["device_name", "fastest", "in_own_process", "matrix_rate", "peak_memory", "table", "time_steps"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,7 @@ def in_own_process(section: str, arguments: Sequence[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def synchronize(device: str | torch.device) -> None:
+def _synchronize(device: str | torch.device) -> None:
     """Wait until the device has done all that it was asked for."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -52,12 +53,28 @@ def fastest(call: Callable[[], Any], device: str | torch.device, repeats: int = 
     """Seconds of the fastest of some calls; those to warm up, which take the memory, are not counted."""
     durations = []
     for _ in range(warm_up + repeats):
-        synchronize(device)
+        _synchronize(device)
         start = time.perf_counter()
         call()
-        synchronize(device)
+        _synchronize(device)
         durations.append(time.perf_counter() - start)
     return min(durations[warm_up:])
+
+
+def time_steps(trainer: Engine, device: str | torch.device) -> list[float]:
+    """The seconds of each step of a trainer: a list that fills while it runs."""
+    began, seconds = [0.0], []
+
+    def begin() -> None:
+        began[0] = time.perf_counter()
+
+    def end() -> None:
+        _synchronize(device)
+        seconds.append(time.perf_counter() - began[0])
+
+    trainer.add_event_handler(Events.ITERATION_STARTED, begin)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
+    return seconds
 
 
 def matrix_rate(dtype: torch.dtype, device: str | torch.device, size: int | None = None) -> float:

@@ -3,7 +3,7 @@
     python -m benchmarks plain_loop                 # the left atrium's V-Net, and small crops
     python -m benchmarks plain_loop --only small
 
-The plain loop is fp32, PyTorch's default layout and the system's default allocator. Every row does the same arithmetic
+The plain loop is fp32, PyTorch's default order in memory and the system's default allocator. Every row does the same arithmetic
 on the same crops from the same weights with the same optimiser, in a process of its own; ``project`` is the engine as
 the bundles run it. The losses of the last step say whether the result is the same.
 """
@@ -24,12 +24,13 @@ from monai.networks.nets import DynUNet, UNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, synchronize, table
+from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, table, time_steps
 from common.engines import SemiSupervisedTrainer, precision, start
 from common.engines.allocator import keep_pages
 from common.losses import SegmentationLoss
 from common.methods import Supervised
 from common.networks import SegmentationNetwork
+from common.networks.layout import ChannelsLast
 from common.networks.vnet import VNet
 
 WARM_UP = 1
@@ -114,8 +115,8 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
     batches = crops(size, size.steps)
     if "allocator" in settings:
         keep_pages()
-    if "channels_last" in settings:
-        network = network.to(memory_format=torch.channels_last_3d)
+    if hasattr(network, "encoder") and not settings & {"channels_last", "engine"}:
+        network.encoder.lay_out = ChannelsLast(False)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
     loss_function = SegmentationLoss()
     before = peak_memory(device, reset=True)
@@ -125,15 +126,8 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         trainer = SemiSupervisedTrainer(
             device, 1, [{"labeled": batch} for batch in batches], Supervised(network), optimizer, gradient_clip=None
         )
-        began = [0.0]
-        trainer.add_event_handler(Events.ITERATION_STARTED, lambda: began.__setitem__(0, time.perf_counter()))
-
-        def end(engine: SemiSupervisedTrainer) -> None:
-            synchronize(device)
-            seconds.append(time.perf_counter() - began[0])
-            losses.append(engine.state.output["loss"])
-
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
+        seconds = time_steps(trainer, device)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output["loss"]))
         trainer.run()
     else:
         network.train()
@@ -141,8 +135,6 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         for batch in batches:
             began_at = time.perf_counter()
             image, label = batch["image"].to(device), batch["label"].to(device)
-            if "channels_last" in settings:
-                image = image.contiguous(memory_format=torch.channels_last_3d)
             optimizer.zero_grad()
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
                 loss = loss_function(_logits(network, image), label)

@@ -16,8 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, table
+from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, table, time_steps
 from common.compare import read_recipes
 from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer, precision, start
@@ -65,22 +64,25 @@ def configuration(name: str, folder: Path, plan: str | None, device: str) -> Con
         parser["teacher_path"] = str(folder / "teacher.pt")
         save_weights(parser.get_parsed_content("teacher_def"), parser["teacher_path"])
     if name == "ms_kd":
-        parser["teacher_paths"] = _organ_teachers(parser, folder)
+        network_def = {
+            key: parser.get_parsed_content(value[1:]) if isinstance(value, str) and value.startswith("@") else value
+            for key, value in parser["network_def"].items()
+        }
+        parser["teacher_paths"] = write_organ_teachers(folder, parser["labels"], network_def)
     return parser
 
 
-def _organ_teachers(parser: ConfigParser, folder: Path) -> dict[str, str]:
-    """Untrained teachers of one organ each with their records, by organ."""
-    labels, paths = parser["labels"], {}
-    network_def = {
-        key: parser.get_parsed_content(value[1:]) if isinstance(value, str) and value.startswith("@") else value
-        for key, value in parser["network_def"].items()
-    }
+def write_organ_teachers(
+    folder: Path, labels: Mapping[str, str], network_def: Mapping[str, Any], **settings: Any
+) -> dict[str, str]:
+    """Untrained teachers of one organ each and their records, as the teacher bundle leaves them: weights by organ."""
+    paths = {}
+    network_def = {**network_def, "out_channels": "$len(@classes)"}
     for organ in [name for number, name in labels.items() if number != "0"]:
         network = ConfigParser({"network": {**network_def, "out_channels": 2}}).get_parsed_content("network")
         path = folder / organ / "model.pt"
         save_weights(network, path)
-        config = {"labels": labels, "organ": organ, "network_def": {**network_def, "out_channels": "$len(@classes)"}}
+        config = {"labels": labels, "organ": organ, "network_def": network_def, **settings}
         record = {"weights": state_digest(network.state_dict()), "config": config}
         path.with_suffix(".json").write_text(json.dumps(record))
         paths[organ] = str(path)
@@ -131,20 +133,9 @@ def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:
             device, 20, steps, method, optimizer, parser["amp"], parser["gradient_clip"], train_handlers=handlers
         )
         trainer.state.epoch, trainer.state.iteration = 19, 19 * len(steps)
-        seconds, counter, began = [], FlopCounterMode(display=False), [0.0]
-
-        def begin(engine: SemiSupervisedTrainer) -> None:
-            if engine.state.iteration == 20 * len(steps):  # the last step only counts
-                counter.__enter__()
-            began[0] = time.perf_counter()
-
-        def end(engine: SemiSupervisedTrainer) -> None:
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began[0])
-
-        trainer.add_event_handler(Events.ITERATION_STARTED, begin)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, end)
+        seconds, counter = time_steps(trainer, device), FlopCounterMode(display=False)
+        # The last step only counts.
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=20 * len(steps)), counter.__enter__)
         try:
             trainer.run()
         finally:

@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 from ignite.engine import Engine, Events
 
-from common.networks import SegmentationNetwork, save_weights, state_digest
+from benchmarks import training
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = ("teacher", "student", "dual_decoder")
@@ -67,25 +67,14 @@ class Crash:
 
 
 def write_organ_teachers(folder: Path, labels: dict[str, str], **settings: Any) -> dict[str, str]:
-    """Untrained teachers of one organ each and their records, as the teacher bundle leaves them: weights by organ."""
-    paths = {}
-    for organ in [name for number, name in labels.items() if number != "0"]:
-        network = SegmentationNetwork(3, 1, 2, PLAN["features"], PLAN["kernel_sizes"], PLAN["strides"])
-        network_def = {
-            "_target_": "common.networks.SegmentationNetwork",
-            "spatial_dims": 3,
-            "in_channels": 1,
-            "out_channels": "$len(@classes)",
-            **{key: PLAN[key] for key in ("features", "kernel_sizes", "strides")},
-        }
-        config = {"labels": labels, "organ": organ, "network_def": network_def, **settings}
-        path = folder / organ / "model.pt"
-        save_weights(network, path)
-        path.with_suffix(".json").write_text(
-            json.dumps({"weights": state_digest(network.state_dict()), "config": config})
-        )
-        paths[organ] = str(path)
-    return paths
+    """Untrained teachers of one organ each with the tiny network: their weights by organ."""
+    network_def = {
+        "_target_": "common.networks.SegmentationNetwork",
+        "spatial_dims": 3,
+        "in_channels": 1,
+        **{key: PLAN[key] for key in ("features", "kernel_sizes", "strides")},
+    }
+    return training.write_organ_teachers(folder, labels, network_def, **settings)
 
 
 def write_partial_labels(phantoms: Path, folder: Path) -> Path:

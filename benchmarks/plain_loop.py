@@ -3,9 +3,9 @@
     python -m benchmarks plain_loop                 # the left atrium's V-Net, and small crops
     python -m benchmarks plain_loop --only small
 
-The plain loop is fp32, PyTorch's default order in memory and the system's default allocator. Every row does the same arithmetic
-on the same crops from the same weights with the same optimiser, in a process of its own; ``project`` is the engine as
-the bundles run it. The losses of the last step say whether the result is the same.
+The plain loop is fp32, PyTorch's default order in memory and the system's default allocator. Every row does the same
+arithmetic on the same crops from the same weights with the same optimiser, in a process of its own; ``project`` is the
+engine as the bundles run it. The losses of the last step say whether the result is the same.
 """
 
 from __future__ import annotations

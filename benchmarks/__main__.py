@@ -1,7 +1,7 @@
 """How fast everything is on this machine, each figure beside a reference of the same run; see docs/performance.md.
 
-    python -m benchmarks SECTION ...     # one section, printed as Markdown
-    python -m benchmarks all             # one after the other; `make bench` does that and keeps what is printed
+python -m benchmarks SECTION ...     # one section, printed as Markdown
+python -m benchmarks all             # one after the other; `make bench` does that and keeps what is printed
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
@@ -21,6 +22,8 @@ __all__ = ["SlidingWindow"]
 VOXELS_ON_CPU = 64**3
 #: share of an accelerator's free memory that windows may take
 SHARE_OF_MEMORY = 0.6
+#: beyond which more windows at once make no accelerator faster, while their results fill main memory
+MOST_WINDOWS = 16
 #: edge in voxels of the blocks whose mean says whether there is only air, however noisy
 BLOCK = 4
 #: logit of the background where there is only air
@@ -114,7 +117,7 @@ class SlidingWindow(SlidingWindowInferer):
         seen = inputs if box is None else inputs[place]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             if self.automatic:
-                self.sw_batch_size = self._windows_at_once(seen, predict, device)
+                self.sw_batch_size = self._windows_at_once(seen, partial(predict, *args, **kwargs), device)
             output = super().__call__(seen, predict, *args, **kwargs)
         assert isinstance(output, Tensor)  # as `predict` returns
         if self.average == "probabilities":
@@ -122,9 +125,12 @@ class SlidingWindow(SlidingWindowInferer):
             output = output.clamp_min(torch.finfo(output.dtype).tiny).log()
         if box is None:
             return output
-        whole = output.new_zeros([*output.shape[:2], *inputs.shape[2:]])
+        outside = output.new_zeros(output.shape[1])
         if self.classes:
-            whole[:, 0] = CERTAIN
+            outside[0] = CERTAIN
+        if self.average == "probabilities":
+            outside = outside.log_softmax(0)
+        whole = outside.reshape(1, -1, *[1] * len(box)).repeat(len(output), 1, *inputs.shape[2:])
         whole[place] = output
         return whole
 
@@ -135,16 +141,17 @@ class SlidingWindow(SlidingWindowInferer):
         size = inputs.shape[2:]
         axes = len(size)
         pool = F.avg_pool3d if axes == 3 else F.avg_pool2d
-        means = pool(inputs.detach().as_subclass(Tensor).float(), BLOCK, ceil_mode=True, count_include_pad=False)
+        blocks = [min(BLOCK, length) for length in size]
+        means = pool(inputs.detach().as_subclass(Tensor).float(), blocks, ceil_mode=True, count_include_pad=False)
         solid = (means > self.air).any(dim=1).any(dim=0)
         if not solid.any():
             return None
         box = []
-        for axis, (length, window) in enumerate(zip(size, self.window, strict=True)):
-            blocks = solid.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
+        for axis, (length, window, edge) in enumerate(zip(size, self.window, blocks, strict=True)):
+            filled = solid.movedim(axis, 0).flatten(1).any(dim=1).nonzero()
             window = window if window > 0 else length
             margin = max(window // 2, BLOCK)
-            start, stop = int(blocks.min()) * BLOCK - margin, (int(blocks.max()) + 1) * BLOCK + margin
+            start, stop = int(filled.min()) * edge - margin, (int(filled.max()) + 1) * edge + margin
             box.append(slice(max(0, min(start, length - window)), min(length, max(stop, window))))
         return box if any(part.stop - part.start < length for part, length in zip(box, size, strict=True)) else None
 
@@ -157,6 +164,6 @@ class SlidingWindow(SlidingWindowInferer):
         # What the allocator keeps for itself is free, too.
         free += torch.cuda.memory_reserved(device) - held
         torch.cuda.reset_peak_memory_stats(device)
-        predict(inputs.new_zeros([1, inputs.shape[1], *window]))
+        predict(torch.zeros(1, inputs.shape[1], *window, dtype=inputs.dtype, device=inputs.device))
         needed = max(1, torch.cuda.max_memory_allocated(device) - held)
-        return max(1, int(SHARE_OF_MEMORY * free / needed))
+        return min(MOST_WINDOWS, max(1, int(SHARE_OF_MEMORY * free / needed)))

@@ -223,6 +223,17 @@ def test_skipping_air_changes_inside_only_where_windows_begin(network):
     inside = (..., slice(16, 20), slice(16, 24))
     torch.testing.assert_close(found[inside].softmax(1), whole[inside].softmax(1), atol=5e-3, rtol=0)
     assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(1, 40, 36)), "logarithms of probabilities everywhere"
+
+
+@pytest.mark.parametrize("size", [(64, 64, 1), (64, 64, 3), (3, 64, 64)])
+def test_air_beside_a_body_of_few_slices(size):
+    image = torch.full((2, 1, *size), -5.0)
+    image[0, ..., :8, :8] = 0
+    found = SlidingWindow((16, 16, 16), amp=False, air=-4.0, classes=1)(image, lambda window: window)
+    assert found.shape == image.shape
+    torch.testing.assert_close(found[..., :8, :8], image[..., :8, :8])
+    assert found[1, 0, size[0] - 1, size[1] - 1, size[2] - 1] in (20.0, -5.0)
 
 
 @pytest.mark.parametrize(("window", "expected"), [((16, 16, 16), 64), ((64, 64, 64), 1), ((128, 128, 128), 1)])
@@ -245,7 +256,9 @@ def test_an_accelerator_takes_as_many_windows_as_fit(monkeypatch):
     inferer = SlidingWindow((8, -1), amp=False)
     count = inferer._windows_at_once(torch.zeros(2, 3, 20, 12), tried.append, torch.device("cuda"))
     assert count == int(0.6 * 12e9 / 0.5e9) == 14
-    assert [tuple(window.shape) for window in tried] == [(1, 3, 8, 12)]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100e9, 100e9))
+    assert inferer._windows_at_once(torch.zeros(2, 3, 20, 12), tried.append, torch.device("cuda")) == 16
+    assert [tuple(window.shape) for window in tried] == [(1, 3, 8, 12)] * 2
 
 
 @pytest.mark.parametrize("number", [0, -1, 1.5, "all"])

@@ -9,7 +9,7 @@ import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from monai.data import CacheDataset, MetaTensor
 from monai.transforms import Compose, Transform
 from monai.transforms.traits import RandomizableTrait
 
+from ..errors import BadInput
 from ..files import write_atomically
 
 __all__ = ["CachedDataset"]
@@ -26,48 +27,57 @@ __all__ = ["CachedDataset"]
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**24
+#: files beside which another one holds the voxels
+_HEADERS = (".mhd", ".nhdr", ".hdr", ".img")
 
 
 class CachedDataset(CacheDataset):
     """MONAI's data set that does the deterministic transforms once, in memory, or on disk for later runs, too.
 
-    On disk there is one file a case. It bears the digest of everything that decides its content: what is in the case's
-    files, the rest of its entry, the deterministic transforms with their settings, the code that reads and transforms,
-    and the versions of the libraries that help. So it is found again wherever the files lie, and never for another
-    content. It is mapped into memory, not read: of a volume
-    that is larger than memory no more than the patches is loaded, and loading processes share what is loaded.
+    On disk there is one file a case. It bears the digest of everything that decides its content: what is in the files
+    that the first transform loads, the rest of the entry, the deterministic transforms with their settings, the code
+    that reads and transforms, and the versions of the libraries that help. So it is found again wherever the data lie,
+    and never for another content. It is mapped into memory, not read: of a volume no more than its patches is loaded,
+    and loading processes share what is. The folder can be emptied at any time between runs; nothing else empties it.
 
     Args:
         data: entries.
-        transform: a flat ``Compose``; what comes before its first random transform is done once.
+        transform: a flat ``Compose``; what comes before its first random transform is done once, the loading first.
         cache_dir: folder for the files; None keeps everything in memory.
         kwargs: everything else that MONAI's data set takes.
+
+    Raises:
+        BadInput: a file can't be written, or the transforms made something that can't be kept on disk.
     """
 
     def __init__(
         self, data: Sequence[Any], transform: Compose, cache_dir: str | Path | None = None, **kwargs: Any
     ) -> None:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._settings = "" if self.cache_dir is None else _describe([_deterministic(transform), _code()])
+        if self.cache_dir is not None:
+            steps = _deterministic(transform)
+            self._loaded = tuple(getattr(steps[0], "keys", ())) if steps else ()
+            self._settings = _describe([steps, _code()])
         super().__init__(data, transform, **kwargs)
 
     def _load_cache_item(self, idx: int) -> Any:
         if self.cache_dir is None:
             return super()._load_cache_item(idx)
         entry = self.data[idx]
-        key = hashlib.sha256(f"{_describe_entry(entry)}\n{self._settings}".encode()).hexdigest()
-        path = self.cache_dir / f"{key}.pt"
+        described = _describe_entry(entry, self._loaded)
+        if described is None:
+            return super()._load_cache_item(idx)
+        path = self.cache_dir / f"{hashlib.sha256(f'{described} {self._settings}'.encode()).hexdigest()}.pt"
         stored = _read(path)
         if stored is None:
-            done = super()._load_cache_item(idx)
+            content = _to_store(super()._load_cache_item(idx), entry)
             buffer = io.BytesIO()
-            torch.save({name: plain for name, value in done.items() if (plain := _storable(value)) is not None}, buffer)
-            write_atomically(path, buffer.getbuffer())
-            stored = _read(path)
-            if stored is None:  # a disk that loses what was written: without a cache, then
-                return done
-        # Texts are the entry's own: another one of the same content may have other names.
-        return {**entry, **stored}
+            torch.save(content, buffer)
+            # Another process may have written it meanwhile, and mapped it.
+            if not path.exists() or _read(path) is None:
+                write_atomically(path, buffer.getbuffer())
+            stored = _read(path) or content
+        return {key: stored["made"].get(key, entry.get(key)) for key in stored["keys"]}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -81,18 +91,32 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _storable(value: Any) -> Any:
-    """Plain tensors and numbers, and lists of them; None for everything else."""
-    if isinstance(value, MetaTensor):
-        return value.as_tensor()
-    if isinstance(value, np.ndarray):
-        return torch.as_tensor(value)
-    if isinstance(value, torch.Tensor | int | float):
+def _to_store(prepared: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a prepared case, and what isn't as it was in its entry."""
+    made = {}
+    for key, value in prepared.items():
+        plain = _plain(value)
+        if plain is not None:
+            made[key] = plain
+        elif value is not entry.get(key):
+            raise BadInput(
+                f"cache_dir: the preprocessing makes {key!r}, of the kind {type(value).__name__}, which can't be kept "
+                "on disk. Set cache_dir to null, or let it make tensors and numbers."
+            )
+    return {"keys": list(prepared), "made": made}
+
+
+def _plain(value: Any) -> Any:
+    """Tensors of their own memory, numbers, and lists of them; None for everything else."""
+    if isinstance(value, np.ndarray | torch.Tensor):
+        tensor = value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
+        return tensor.clone(memory_format=torch.contiguous_format)
+    if isinstance(value, bool | int | float):
         return value
     if isinstance(value, np.number):
         return value.item()
     if isinstance(value, list | tuple):
-        plain = [_storable(item) for item in value]
+        plain = [_plain(item) for item in value]
         return None if any(item is None for item in plain) else plain
     return None
 
@@ -105,16 +129,21 @@ def _deterministic(transform: Compose) -> list[Callable]:
     return list(transform.transforms[:first_random])
 
 
-def _describe_entry(value: Any) -> str:
-    """An entry in which files are what they hold."""
-    if isinstance(value, Mapping):
-        return str([(key, _describe_entry(value[key])) for key in sorted(value)])
-    if isinstance(value, list | tuple):
-        return str([_describe_entry(item) for item in value])
-    if isinstance(value, str | Path) and (path := Path(value)).exists():
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        return str([_digest(file) for file in files])
-    return repr(value)
+def _describe_entry(entry: Mapping[str, Any], loaded: Sequence[str]) -> str | None:
+    """An entry in which files that are loaded are what they hold; None where that can't be told from them."""
+    parts = []
+    for key in sorted(entry):
+        value = entry[key]
+        if key not in loaded or value is None or isinstance(value, int | float):
+            parts.append(f"{key} {_describe(value)}")
+            continue
+        for path in map(Path, value if isinstance(value, list | tuple) else [value]):
+            # What isn't there is for the loader to explain.
+            if not path.exists() or path.name.lower().endswith(_HEADERS):
+                return None
+            files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+            parts.append(f"{key} {[_digest(file) for file in files]}")
+    return "\n".join(parts)
 
 
 def _digest(path: Path) -> str:
@@ -139,7 +168,10 @@ def _describe(value: Any) -> str:
         return ""
     if isinstance(value, np.ndarray | torch.Tensor):
         return f"{value.dtype} {np.asarray(value).tolist()}"
-    if inspect.isclass(value) or inspect.isroutine(value):
+    if inspect.isroutine(value):
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", None) or ()]
+        return f"{value.__module__}.{value.__qualname__} {_describe(cells)}"
+    if inspect.isclass(value):
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "__dict__") and not isinstance(value, torch.dtype | torch.device):
         return f"{_describe(type(value))} {_describe(vars(value))}"
@@ -148,6 +180,14 @@ def _describe(value: Any) -> str:
 
 @cache
 def _code() -> list[str]:
-    here = Path(__file__).resolve().parent
-    sources = sorted([*here.glob("*.py"), *here.with_name("transforms").glob("*.py")])
-    return [*map(_digest, sources), *(f"{name} {version(name)}" for name in ("monai", "nibabel", "numpy", "torch"))]
+    package = Path(__file__).resolve().parents[1]
+    sources = [package / "targets.py", *package.glob("data/*.py"), *package.glob("transforms/*.py")]
+    libraries = ("itk", "monai", "nibabel", "numpy", "torch")
+    return [*map(_digest, sorted(sources)), *map(_version, libraries)]
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"

@@ -29,7 +29,7 @@ __all__ = [
 # What an image must be for the weights to mean anything, and what their output means.
 DATA = ("labels", "organ", "channels", "spacing", "orientation", "intensity", "spatial_dims")
 # What a network has for its training alone.
-TRAINING_ONLY = ("dropout", "deep_supervision")
+TRAINING_ONLY = ("channels_last", "deep_supervision", "dropout")
 # A target's other keys say how its maps were made or are compared.
 TARGET = ("name", "unit", "kind", "structure", "scale", "head_scale")
 

@@ -57,11 +57,9 @@ def _soft_edges(probabilities: Tensor, classes: list[int], kernel: list[int]) ->
 
 def _neighbours(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """The value before and the value after each voxel along an axis; at the border the voxel's own."""
-    last = x.shape[axis] - 1
-    first_voxels, last_voxels = x.narrow(axis, 0, 1), x.narrow(axis, last, 1)
-    before = torch.cat([first_voxels, x.narrow(axis, 0, last)], dim=axis)
-    after = torch.cat([x.narrow(axis, 1, last), last_voxels], dim=axis)
-    return before, after
+    length = x.shape[axis]
+    padded = torch.cat([x.narrow(axis, 0, 1), x, x.narrow(axis, length - 1, 1)], dim=axis)
+    return padded.narrow(axis, 0, length), padded.narrow(axis, 2, length)
 
 
 def to_grid(edge: Tensor, shape: Sequence[int]) -> Tensor:

@@ -235,7 +235,7 @@ class DualDecoderNetwork(nn.Module):
             attention_heads,
             attention_window,
             prior,
-            regression_convolutions or convolutions_per_stage,
+            convolutions_per_stage if regression_convolutions is None else regression_convolutions,
             dropout,
             regression_width,
         )

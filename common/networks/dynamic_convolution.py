@@ -161,6 +161,8 @@ class DyBACNetwork(SegmentationNetwork):
     Args:
         spatial_dims, in_channels, out_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout: see
             :class:`~common.networks.SegmentationNetwork`.
+        channels_last: as there; off, because these convolutions put the samples of a batch beside each other as
+            channels, and so do not keep that order.
     """
 
     def __init__(
@@ -173,9 +175,11 @@ class DyBACNetwork(SegmentationNetwork):
         strides: Sequence[PerAxis],
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
+        channels_last: bool | None = False,
     ) -> None:
         super().__init__(
-            spatial_dims, in_channels, out_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+            *(spatial_dims, in_channels, out_channels, features, kernel_sizes, strides),
+            *(convolutions_per_stage, dropout, channels_last),
         )
         stages = [*self.encoder.stages, *self.segmentation_decoder.stages]
         for block in [block for stage in stages for block in stage][1:]:

@@ -98,6 +98,7 @@ class DynamicHeadNetwork(nn.Module):
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
         tasks: Sequence[Sequence[int]] | None = None,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         classes = range(1, out_channels)
@@ -112,7 +113,7 @@ class DynamicHeadNetwork(nn.Module):
         places = {number: (i, j) for i, task in enumerate(self.tasks) for j, number in enumerate(task)}
         self.places = [places[number] for number in classes]
         self.encoder = Encoder(
-            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout
+            spatial_dims, in_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout, channels_last
         )
         self.divisor = self.encoder.divisor
         self.segmentation_decoder = Decoder(

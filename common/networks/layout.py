@@ -1,8 +1,8 @@
 """The order of features in memory: the channels of a voxel side by side (PyTorch's ``channels_last``) on CPUs.
 
 Convolutions there work in that order and otherwise copy their result back, which costs up to twice what they compute.
-The networks' encoders bring the image into it, and every layer behind hands it on. ``docs/performance.md`` has what it
-is worth.
+The networks' encoders bring the image into it, and their layers hand it on. ``docs/performance.md`` has what it is
+worth. A network that is traced, exported or compiled stays in the default order.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class ChannelsLast(nn.Module):
         self.elsewhere = channels_last is True
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and (torch.jit.is_tracing() or torch.compiler.is_compiling()):
+            return x
         wanted = self.on_cpu if x.device.type == "cpu" else self.elsewhere
         return channels_side_by_side(x) if wanted else x
 
@@ -67,6 +69,6 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         return _instance_norm(x, self.weight, self.bias, self.eps)
 
 
-@Norm.factory_function("instance_in_place")
+@Norm.factory_function("instance_keeping_order")
 def _of_dimension(spatial_dims: int) -> type[nn.Module]:
     return InstanceNorm3d if spatial_dims == 3 else InstanceNorm2d

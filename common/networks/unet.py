@@ -25,7 +25,7 @@ __all__ = ["Decoder", "Encoder", "SegmentationNetwork", "full_precision", "initi
 PerAxis = int | Sequence[int]
 
 NEGATIVE_SLOPE = 0.01
-NORM = ("instance_in_place", {"affine": True, "eps": 1e-5})
+NORM = ("instance_keeping_order", {"affine": True, "eps": 1e-5})
 ACTIVATION = ("leakyrelu", {"negative_slope": NEGATIVE_SLOPE, "inplace": True})
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 
@@ -226,6 +226,8 @@ class Decoder(nn.Module):
         super().__init__()
         if not 0 < width <= 1:
             raise BadInput(f"width of a decoder: found {width}, expected a share of the encoder's above 0, at most 1.")
+        if convolutions_per_stage < 1:
+            raise BadInput(f"convolutions of a decoder's stage: found {convolutions_per_stage}, expected 1 or more.")
         dims = encoder.spatial_dims
         features = [max(1, round(width * channels)) for channels in encoder.features[:-1]] + encoder.features[-1:]
         transposed, pointwise = Conv[Conv.CONVTRANS, dims], Conv[Conv.CONV, dims]

@@ -99,7 +99,8 @@ _OBJECTS = frozenset(
         *(
             f"scripts.common.transforms.{name}"
             for name in (
-                *("GeometricThicknessd.arguments", "GeometricThicknessd.measurable", "chain", "crop"),
+                *("GeometricThicknessd.arguments", "GeometricThicknessd.measurable", "air", "chain"),
+                *("crop",),
                 *("displayed.displayed", "load_references", "monitor_postprocessing", "postprocessing"),
                 *("preprocessing", "sampled_augmentation.sampled_augmentation", "supervised_augmentation"),
                 "weak_and_strong",

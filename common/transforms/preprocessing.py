@@ -21,7 +21,7 @@ from monai.transforms import Spacingd as MonaiSpacingd
 
 from ..errors import BadInput
 from ..switches import is_on
-from ..targets import dense_names
+from ..targets import dense_names, is_dense
 from .familiarity import MeasureImaged
 from .loading import LoadCased
 
@@ -169,24 +169,28 @@ def preprocessing(
     return Compose(steps)
 
 
-def air(intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None) -> float | None:
+def air(
+    intensity: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None, targets: Sequence[Mapping[str, Any]] = ()
+) -> float | None:
     """The value after normalisation up to which a voxel of a CT is air outside the body, for :class:`.SlidingWindow`.
 
-    That is -900 HU, or where all darker values are made one, that one. Lungs are darker in places, but lie inside.
+    That is -900 HU. Lungs are darker in places, but lie inside what is not.
 
     Args:
         intensity: as :func:`preprocessing` takes it.
+        targets: descriptions of the regression targets.
 
     Returns:
-        None where no such value is known: for all but CT of one channel.
+        None where no such value is known: for all but CT of one channel whose values below it are kept. Nor where there
+        is a target of one number a case, to which every voxel contributes, those of air included.
     """
     if isinstance(intensity, Sequence) and len(intensity) == 1:
         intensity = intensity[0]
-    if not isinstance(intensity, Mapping) or intensity.get("kind") != "ct":
+    if not isinstance(intensity, Mapping) or intensity.get("kind") != "ct" or float(intensity["lower"]) >= AIR:
         return None
-    lower, mean, std = (float(intensity[name]) for name in ("lower", "mean", "std"))
-    rounding = 1e-3
-    return (max(lower, AIR) - mean) / std + rounding
+    if not all(is_dense(target) for target in targets):
+        return None
+    return (AIR - float(intensity["mean"])) / float(intensity["std"])
 
 
 def _normalization(intensity: Mapping[str, Any]) -> Callable:

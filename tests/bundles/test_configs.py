@@ -146,6 +146,12 @@ def test_ablations_make_a_network(path: Path, plan: Path) -> None:
     output = network.eval()(torch.zeros(1, 1, 16, 16, 16))
     expected = {"regression_only": 1, "geometric": 3}.get(path.stem, 4)
     assert output.shape == (1, expected, 16, 16, 16)
+    classes = 0 if path.stem == "regression_only" else 3
+    assert parser.get_parsed_content("inferer").classes == classes
+    if path.stem != "geometric":  # which trains nothing
+        assert parser.get_parsed_content("train#method#num_classes") == classes
+        split = parser.get_parsed_content("validate#postprocessing")({"pred": output[0]})
+        assert split["thickness_pred"].shape == (1, 16, 16, 16)
 
 
 def test_geometric_row_measures_the_target_that_has_a_cavity(plan: Path) -> None:

@@ -76,6 +76,7 @@ def test_the_learning_rate_falls_every_2500_steps(bundle: str) -> None:
 @pytest.mark.parametrize("bundle", ["teacher", "student"])
 def test_evaluation_is_dense_with_constant_weights_and_one_component(bundle: str) -> None:
     parser = parsed(bundle, "train.json", "evaluate.json", LEFT_ATRIUM)
+    parser["inferer#sw_batch_size"] = 1
     inferer = parser.get_parsed_content("validate#inferer")
     starts = set()
 
@@ -85,7 +86,6 @@ def test_evaluation_is_dense_with_constant_weights_and_one_component(bundle: str
 
     size = (130, 113, 87)
     image = torch.stack(torch.meshgrid(*[torch.arange(s, dtype=torch.float32) for s in size], indexing="ij"))[None]
-    inferer.sw_batch_size = 1
     inferer(image, network)
     assert starts == {(x, y, z) for x in (0, 18) for y in (0, 1) for z in (0, 4, 7)}
     assert (inferer.mode.value, inferer.average) == ("constant", "probabilities")

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import itk
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose
+from monai.data import CacheDataset
+from monai.transforms import Compose, DeleteItemsd, Transform
 
 from common.data import CachedDataset, make_loader
+from common.data.caching import _describe_entry
 from common.data.studies import MeasuredDataset
+from common.errors import BadInput
 from common.transforms import chain, crop, preprocessing, supervised_augmentation
 
 LABELS = {"0": "background", "1": "tumour"}
@@ -112,25 +117,81 @@ def test_changes_of_an_item_stay_out_of_the_file(case, tmp_path):
     assert cached([case], tmp_path / "cache")._cache[0]["image"].any()
 
 
-def test_texts_are_the_entrys_own(case, tmp_path):
+def test_texts_are_what_they_are_and_not_files(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = {"patient": "image.nii.gz", "empty": "", "report": "long " * 1000, "folder": "."}
     folder = tmp_path / "cache"
-    for patient in ("one", "other"):
-        assert cached([{**case, "patient": patient}], folder)._cache[0]["patient"] == patient
+    for _ in range(2):
+        item = cached([{**case, **texts, "annotated": [1]}], folder)._cache[0]
+        assert {key: item[key] for key in texts} == texts
+        assert item["annotated"] == [1]
+        (tmp_path / "something else").touch()
+    assert len(files(folder)) == 1
+    cached([{**case, **texts, "patient": "another"}], folder)
+    assert len(files(folder)) == 2
+
+
+def test_a_key_that_a_transform_takes_away_stays_away(case, tmp_path):
+    transform = chain(preprocessing(("image", "label"), LABELS, 1), DeleteItemsd("volume"))
+    for _ in range(2):
+        assert "volume" not in cached([case], tmp_path / "cache", transform)._cache[0]
+
+
+def test_what_cant_be_kept_is_refused(case, tmp_path):
+    class Strange(Transform):
+        def __call__(self, data):
+            return {**data, "strange": object()}
+
+    with pytest.raises(BadInput, match=r"'strange'.*cache_dir to null"):
+        cached([case], tmp_path / "cache", chain(preprocessing(("image", "label"), LABELS, 1), Strange()))
+
+
+def test_headers_whose_voxels_lie_elsewhere_are_not_kept(case, tmp_path):
+    """Whatever happens to the other file, the header is the same."""
+    folder, image = tmp_path / "cache", itk.imread(case["image"])
+    for value in (1.0, 500.0):
+        array = np.full((10, 14, 12), value, np.float32)
+        array[0] = 0
+        other = itk.image_from_array(array)
+        other.CopyInformation(image)
+        itk.imwrite(other, tmp_path / "a.mhd")
+        transform = preprocessing(("image",), intensity={"kind": "ct", "lower": 0, "upper": 999, "mean": 0, "std": 1})
+        found = cached([{"image": str(tmp_path / "a.mhd")}], folder, chain(transform))._cache[0]["image"]
+        assert found.max() == value
+    assert not folder.exists() or not files(folder)
+
+
+def test_a_file_that_another_process_has_written_is_left_alone(case, tmp_path, monkeypatch):
+    """It may have mapped it."""
+    folder = tmp_path / "cache"
+    cached([case], folder)
+    (path,) = folder.iterdir()
+    written, content = path.stat().st_mtime_ns, path.read_bytes()
+    path.unlink()
+    prepare = CacheDataset._load_cache_item
+
+    def meanwhile(self, index):
+        done = prepare(self, index)
+        path.write_bytes(content)
+        os.utime(path, ns=(written, written))
+        return done
+
+    monkeypatch.setattr(CacheDataset, "_load_cache_item", meanwhile)
+    cached([case], folder)
+    assert files(folder) == {path.name: written}
 
 
 def test_a_folder_of_slices_is_known_by_its_files(case, tmp_path):
-    from common.data.caching import _describe_entry
-
     series = tmp_path / "series"
     series.mkdir()
     for number in range(2):
         (series / f"{number}.dcm").write_bytes(bytes([number]))
-    before = _describe_entry({"image": str(series)})
+    before = _describe_entry({"image": str(series)}, ["image"])
     (series / "1.dcm").write_bytes(b"other")
-    assert _describe_entry({"image": str(series)}) != before
+    assert _describe_entry({"image": str(series)}, ["image"]) != before
     series.rename(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "1.dcm").write_bytes(bytes([1]))
-    assert _describe_entry({"image": str(tmp_path / "elsewhere")}) == before
+    assert _describe_entry({"image": str(tmp_path / "elsewhere")}, ["image"]) == before
 
 
 def test_the_dual_decoders_cases_are_cached_alike(case, tmp_path):

@@ -241,3 +241,8 @@ def test_a_narrower_regression_decoder_reads_the_same_features(shape):
 def test_impossible_widths_are_explained(width):
     with pytest.raises(BadInput, match=r"width.*above 0"):
         dual(regression_width=width)
+
+
+def test_a_decoder_without_convolutions_is_explained():
+    with pytest.raises(BadInput, match="convolutions of a decoder's stage: found 0"):
+        dual(regression_convolutions=0)

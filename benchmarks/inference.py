@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +53,16 @@ def _regression() -> nn.Module:
     return RegressionNetwork(3, 1, **SHAPE, targets=TARGETS)
 
 
-def _dual() -> nn.Module:
-    return DualDecoderNetwork(3, 1, 3, **SHAPE, targets=TARGETS, attention_stages=[1, 2], attention_window=4)
+def _dual(stages: Sequence[int] = (1, 2), width: float = 1.0, convolutions: int = 2) -> nn.Module:
+    return DualDecoderNetwork(
+        *(3, 1, 3),
+        **SHAPE,
+        targets=TARGETS,
+        attention_stages=stages,
+        attention_window=4,
+        regression_width=width,
+        regression_convolutions=convolutions,
+    )
 
 
 def _vnet() -> nn.Module:
@@ -76,6 +85,10 @@ TABLES = {
         "segmentation network": Row((_segmentation,), CHEST, SMALL),
         "regression network": Row((_regression,), CHEST, SMALL),
         "dual decoder": Row((_dual,), CHEST, SMALL),
+        "- attention at stage 2 alone": Row((partial(_dual, [2]),), CHEST, SMALL),
+        "- and half the channels in the regression decoder": Row((partial(_dual, [2], 0.5),), CHEST, SMALL),
+        "- and one convolution a stage of it": Row((partial(_dual, [2], 0.5, 1),), CHEST, SMALL),
+        "- and no attention": Row((partial(_dual, [], 0.5, 1),), CHEST, SMALL),
     },
 }
 

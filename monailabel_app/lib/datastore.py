@@ -11,7 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from fastapi import HTTPException
-from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.local import LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from common.data.grids import grid_difference, is_nifti, read_grid
@@ -35,6 +35,17 @@ class CheckedDatastore(LocalDatastore):
     def __init__(self, datastore_path: str, labels: Mapping[str, int], **kwargs: Any) -> None:
         self.labels = dict(labels)
         super().__init__(datastore_path, **kwargs)
+
+    @property
+    def _datastore(self) -> LocalDatastoreModel:
+        return self._model
+
+    @_datastore.setter
+    def _datastore(self, model: LocalDatastoreModel) -> None:
+        # MONAI Label puts a record that it has read again in the place of the former one before it says to it which
+        # folder it is of: whoever asks for an image in between, such as the scoring, would get a path to nowhere.
+        model.base_path = self._datastore_path
+        self._model = model
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """Save a label or a map of an image.

@@ -83,9 +83,10 @@ class RegressionDecoder(Decoder):
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
         width: channels of a stage as a share of the encoder's.
+        last_stage: the stage to end at; outputs of a coarser one than 0 are interpolated to the full resolution.
 
     Raises:
-        BadInput: when a target, an attention stage or the width is impossible.
+        BadInput: when a target, a stage or the width is impossible.
     """
 
     def __init__(
@@ -100,15 +101,17 @@ class RegressionDecoder(Decoder):
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
         width: float = 1.0,
+        last_stage: int = 0,
     ) -> None:
         _check_targets(targets)
         outputs = len(targets) * (2 if heteroscedastic else 1)
-        super().__init__(encoder, outputs, convolutions_per_stage, dropout, deep_supervision=False, width=width)
-        stages = len(self.stages)
-        if len(set(attention_stages)) != len(attention_stages) or not set(attention_stages) <= set(range(stages)):
+        super().__init__(encoder, outputs, convolutions_per_stage, dropout, False, width, last_stage)
+        stages = last_stage + len(self.stages)
+        possible = set(range(last_stage, stages))
+        if len(set(attention_stages)) != len(attention_stages) or not set(attention_stages) <= possible:
             raise BadInput(
                 f"attention_stages: found {list(attention_stages)}, expected different decoder stages out of "
-                f"0 (highest resolution) to {stages - 1}. Change the list to the network's depth."
+                f"{last_stage} (highest resolution) to {stages - 1}. Change the list to the network's depth."
             )
         window_of = dict(zip(attention_stages, _windows(attention_window, attention_stages), strict=True))
         self.attention = nn.ModuleList(
@@ -117,7 +120,7 @@ class RegressionDecoder(Decoder):
             )
             if stages - 1 - index in window_of
             else _NoAttention()
-            for index, (channels, read) in enumerate(zip(self.features, encoder.features[-2::-1], strict=True))
+            for index, (channels, read) in enumerate(zip(self.features, encoder.features[-2::-1], strict=False))
         )
         scales = [_head_scale(target) for target in targets]
         shifts = [float(target.get("offset", 0.0)) for target in targets]
@@ -188,6 +191,8 @@ class DualDecoderNetwork(nn.Module):
         dropout: probability of dropping a channel after a convolution.
         regression_width: channels of the regression decoder's stages as a share of the others'.
         regression_convolutions: convolution blocks in a stage of the regression decoder; None is as many as elsewhere.
+        regression_stage: the decoder stage that the regression decoder ends at, 0 the full resolution; from a coarser
+            one its values are interpolated. Attention is at this stage or coarser ones.
         segmentation_gradient: whether the regression's gradient reaches the segmentation decoder through attention. It
             always reaches an encoder that isn't frozen.
         channels_last: the order of features in memory, see :class:`.layout.ChannelsLast`.
@@ -217,6 +222,7 @@ class DualDecoderNetwork(nn.Module):
         dropout: float = 0.0,
         regression_width: float = 1.0,
         regression_convolutions: int | None = None,
+        regression_stage: int = 0,
         segmentation_gradient: bool = True,
         channels_last: bool | None = None,
     ) -> None:
@@ -238,6 +244,7 @@ class DualDecoderNetwork(nn.Module):
             convolutions_per_stage if regression_convolutions is None else regression_convolutions,
             dropout,
             regression_width,
+            regression_stage,
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)

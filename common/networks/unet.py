@@ -212,6 +212,7 @@ class Decoder(nn.Module):
         dropout: probability of dropping a channel after a convolution. 0 leaves dropout out.
         deep_supervision: whether every stage gets a head, or the last one only.
         width: channels of a stage as a share of the encoder's, at least 1 channel.
+        last_stage: the stage to end at, 0 the full resolution; the outputs of a coarser one are interpolated.
     """
 
     def __init__(
@@ -222,8 +223,14 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         deep_supervision: bool = True,
         width: float = 1.0,
+        last_stage: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= last_stage < len(encoder.features) - 1:
+            raise BadInput(
+                f"last stage of a decoder: found {last_stage}, expected 0 (full resolution) to "
+                f"{len(encoder.features) - 2} in a network of {len(encoder.features)} stages."
+            )
         if not 0 < width <= 1:
             raise BadInput(f"width of a decoder: found {width}, expected a share of the encoder's above 0, at most 1.")
         if convolutions_per_stage < 1:
@@ -231,7 +238,7 @@ class Decoder(nn.Module):
         dims = encoder.spatial_dims
         features = [max(1, round(width * channels)) for channels in encoder.features[:-1]] + encoder.features[-1:]
         transposed, pointwise = Conv[Conv.CONVTRANS, dims], Conv[Conv.CONV, dims]
-        levels = list(reversed(range(len(features) - 1)))
+        levels = list(reversed(range(last_stage, len(features) - 1)))
         # From low to high resolution, as they are run.
         self.upsampling = nn.ModuleList(
             transposed(
@@ -260,9 +267,9 @@ class Decoder(nn.Module):
             for level in (levels if deep_supervision else levels[-1:])
         )
         self.features = [features[level] for level in levels]
-        # An encoder that strides at once leaves the last stage below the image's resolution.
-        self.last_scale = [float(s) for s in encoder.strides[0]]
-        self.reaches_full_resolution = all(s == 1 for s in encoder.strides[0])
+        # An encoder that strides at once leaves even the first stage below the image's resolution.
+        self.last_scale = [float(math.prod(axis)) for axis in zip(*encoder.strides[: last_stage + 1], strict=True)]
+        self.reaches_full_resolution = all(scale == 1 for scale in self.last_scale)
         self.interpolation = INTERPOLATION[dims]
         initialise(self)
 

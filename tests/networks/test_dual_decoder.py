@@ -167,7 +167,15 @@ def test_regression_network_alone():
 
 
 @pytest.mark.parametrize("shape", [SHAPE, FLAT])
-@pytest.mark.parametrize("options", [{}, {"attention_stages": [], "attention_window": None}, {"prior": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_stages": [], "attention_window": None},
+        {"prior": False},
+        {"regression_stage": 1, "attention_stages": [1], "attention_window": 2},
+    ],
+)
 def test_script_gives_equal_outputs_also_from_a_file(shape, options):
     network = dual(shape, heteroscedastic=True, segmentation_gradient=False, **options).eval()
     x = image(shape)
@@ -235,6 +243,35 @@ def test_a_narrower_regression_decoder_reads_the_same_features(shape):
         assert [p.shape for p in getattr(network, part).parameters()] == [
             p.shape for p in getattr(whole, part).parameters()
         ]
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FLAT])
+def test_a_coarser_regression_decoder_is_interpolated(shape):
+    """It ends at stage 1, whose stride is 2 in the plane; inside an area of equal values the value stays."""
+    network = dual(shape, regression_stage=1, attention_stages=[1], attention_window=None)
+    decoder, axes = network.regression_decoder, shape["spatial_dims"]
+    assert decoder.features == [6]
+    x = image(shape)
+    features = network.encoder(x)
+    coarse = decoder(features)[-1]
+    assert list(coarse.shape[2:]) == {3: [4, 4, 4], 2: [4, 4]}[axes]
+    values = decoder.measure([torch.full_like(coarse, 0.5)])
+    assert values.shape == (2, 2, *x.shape[2:])
+    assert torch.allclose(values, values[..., :1, :1].expand_as(values))
+    heads = decoder.heads[0](coarse) * decoder.scale + decoder.shift
+    measured = decoder.measure([coarse])
+    pooled = torch.nn.functional.avg_pool2d(measured.flatten(0, -4) if axes == 3 else measured, 2).reshape(heads.shape)
+    # Of linear interpolation's four (or two) fine voxels in a coarse one, 9/16 of the mean is that voxel's own value.
+    assert torch.corrcoef(torch.stack([pooled[:, 0].flatten(), heads[:, 0].flatten()]))[0, 1] > 0.8
+    network(x).square().mean().backward()
+    assert all(p.grad is not None for p in decoder.parameters())
+
+
+def test_attention_above_a_coarser_decoder_is_explained():
+    with pytest.raises(BadInput, match=r"attention_stages: found \[0, 1\].*1 \(highest resolution\) to 1"):
+        dual(regression_stage=1)
+    with pytest.raises(BadInput, match=r"last stage of a decoder: found 2, expected 0 .* to 1"):
+        dual(regression_stage=2, attention_stages=[])
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, 1.5])

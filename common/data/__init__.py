@@ -8,7 +8,15 @@ from .datalist import SECTIONS, case_keys, case_name, load_section, read_datalis
 from .inputs import find_cases
 from .partial import organ_cases, unknown_as_background
 from .phantom import generate_phantoms
-from .streams import EpochSampler, SeededDataset, StreamLoader, collate_plain, make_loader, whole_cases
+from .streams import (
+    EpochSampler,
+    SeededDataset,
+    StreamLoader,
+    collate_plain,
+    loading_processes,
+    make_loader,
+    whole_cases,
+)
 from .thickness import wall_thickness
 
 __all__ = [
@@ -26,6 +34,7 @@ __all__ = [
     "find_cases",
     "generate_phantoms",
     "load_section",
+    "loading_processes",
     "make_loader",
     "organ_cases",
     "read_datalist",

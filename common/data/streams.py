@@ -7,6 +7,9 @@ dataset's random transforms are seeded with it just before they run.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,12 +18,26 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, MetaTensor
 from monai.data import Dataset as MonaiDataset
+from monai.transforms import Compose, Randomizable
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import BadInput
 from ..targets import is_dense
 
-__all__ = ["EpochSampler", "SeededDataset", "StreamLoader", "collate_plain", "make_loader", "whole_cases"]
+__all__ = [
+    "EpochSampler",
+    "SeededDataset",
+    "StreamLoader",
+    "collate_plain",
+    "loading_processes",
+    "make_loader",
+    "whole_cases",
+]
+
+#: most loading processes of a stream, and how many cores of a training process there are for each
+_MOST_PROCESSES, _CORES_A_PROCESS = 4, 4
+#: bytes of shared memory, in which batches lie until they are read; containers often have 64 MB of it
+_SHARED_MEMORY = 2**30
 
 
 def process_share() -> tuple[int, int]:
@@ -53,8 +70,15 @@ class EpochSampler(Sampler):
         self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, stream: str = "") -> None:
-        """Choose the epoch that the next pass draws; passes after it, without a call, are further rounds of it."""
+    def set_epoch(self, epoch: int, stream: str = "", samples: int | None = None) -> None:
+        """Choose the epoch that the next pass draws; passes after it, without a call, are further rounds of it.
+
+        Args:
+            epoch: which.
+            stream: a name, so that streams of equally many cases draw differently.
+            samples: number of draws, from now on; None leaves it.
+        """
+        self.samples = self.samples if samples is None else samples
         self.epoch = epoch
         self.stream = stream
         self.round = 0
@@ -78,22 +102,32 @@ class SeededDataset(Dataset):
     """A dataset whose random transforms are seeded anew for each item.
 
     Args:
-        dataset: a MONAI dataset; its ``transform`` (a ``Compose``) is what gets seeded.
+        dataset: a MONAI dataset; its ``transform`` (a ``Compose``, or a single one) is what gets seeded.
     """
 
     def __init__(self, dataset: MonaiDataset) -> None:
         self.dataset = dataset
+        self.state = np.random.RandomState()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, draw: tuple[int, int]) -> Any:
         index, seed = draw
-        for randomizable in (self.dataset, getattr(self.dataset, "transform", None)):
-            reseed = getattr(randomizable, "set_random_state", None)
-            if reseed is not None:
-                reseed(seed=seed)
+        # One generator for all: `Compose` would make one a transform, a fifth of the time that a crop takes.
+        self.state.seed(seed)
+        _share(self.state, getattr(self.dataset, "transform", None))
         return self.dataset[index]
+
+
+def _share(state: np.random.RandomState, transform: Any) -> None:
+    """Let a transform, and all inside it, draw from ``state``."""
+    if isinstance(transform, Compose):
+        Randomizable.set_random_state(transform, state=state)  # its own alone, which such as `OneOf` choose by
+        for step in transform.transforms:
+            _share(state, step)
+    elif isinstance(transform, Randomizable):
+        transform.set_random_state(state=state)
 
 
 def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
@@ -139,11 +173,37 @@ def _is_numeric(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, np.ndarray, np.number, int, float)) and not isinstance(value, bool)
 
 
+def loading_processes(num_workers: int | str) -> int:
+    """How many processes load a stream's batches.
+
+    Args:
+        num_workers: a number, or ``"auto"``: one for every 4 cores that this process may use, at most 4; with fewer
+            cores a process takes from the step what it saves. None where processes could fail: little shared memory,
+            as in containers, a daemon, which may have no children, or a system that does not fork, so that each would
+            copy the cache.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    if num_workers != "auto":
+        if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+            raise BadInput(f"`num_workers` is {num_workers!r}; expected 'auto', or a number of processes from 0 up")
+        return num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
+    forked = multiprocessing.get_start_method() == "fork" and not multiprocessing.current_process().daemon
+    try:
+        room = shutil.disk_usage("/dev/shm").free >= _SHARED_MEMORY  # not a temporary file of ours
+    except OSError:
+        room = False
+    return min(_MOST_PROCESSES, cores // _CORES_A_PROCESS) if forked and room else 0
+
+
 def make_loader(
     dataset: MonaiDataset,
     batch_size: int,
     seed: int = 0,
-    num_workers: int = 0,
+    num_workers: int | str = 0,
     iterations: int | None = None,
     pin_memory: bool = False,
 ) -> DataLoader:
@@ -153,20 +213,22 @@ def make_loader(
         dataset: a MONAI dataset (``CacheDataset`` for speed) whose items are dicts.
         batch_size: cases a batch, for this process.
         seed: seed of the run.
-        num_workers: loading processes, kept from epoch to epoch; 0 loads in this one.
-        iterations: batches an epoch; by default as many as see each case once, in all processes together.
+        num_workers: loading processes, kept from epoch to epoch, see :func:`loading_processes`; 0 loads in this one.
+        iterations: batches a pass; by default as many as see each case once, in all processes together. A
+            :class:`StreamLoader` asks for as many as it needs.
         pin_memory: pin the batches for a faster copy to an accelerator.
     """
     if batch_size < 1:
         raise BadInput(f"`batch_size` is {batch_size}; expected 1 or more")
+    processes = loading_processes(num_workers)
     if iterations is None:
         iterations = -(-len(dataset) // (batch_size * process_share()[1]))
     return DataLoader(
         SeededDataset(dataset),
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), iterations * batch_size, seed),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
+        num_workers=processes,
+        persistent_workers=processes > 0,
         collate_fn=collate_plain,
         pin_memory=pin_memory,
         # Without one of its own a loader draws from torch's global generator, and so changes what a network drops out.
@@ -207,11 +269,12 @@ def whole_cases(
 class StreamLoader:
     """Several loaders side by side: each step yields one batch of each.
 
-    A loader that runs out starts over, in a new order. Every pass is a new epoch; :meth:`set_epoch` chooses which, as a
+    A loader of :func:`make_loader` is asked for all batches of an epoch at once, so that its processes never stop in
+    between; another one that runs out starts over. Every pass is a new epoch; :meth:`set_epoch` chooses which, as a
     resumed run must.
 
     Args:
-        streams: a loader (:func:`make_loader`) a name; None is left out, so that a config can switch one off.
+        streams: a loader a name; None is left out, so that a config can switch one off.
         length: steps an epoch.
 
     Raises:
@@ -255,7 +318,7 @@ class StreamLoader:
         loader = self.streams[name]
         if hasattr(loader.sampler, "set_epoch"):
             if isinstance(loader.sampler, EpochSampler):
-                loader.sampler.set_epoch(epoch, stream=name)
+                loader.sampler.set_epoch(epoch, name, self.length * (loader.batch_size or 1))
             else:
                 loader.sampler.set_epoch(epoch)
         while True:

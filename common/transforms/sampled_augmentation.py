@@ -23,7 +23,7 @@ from monai.transforms import (
 )
 
 from ..errors import BadInput
-from .augmentation import _affine, _modes, _RandZoomd, _typed
+from .augmentation import _affine, _modes, _RandZoomd, _typed, _Untracked
 
 __all__ = ["sampled_augmentation"]
 
@@ -86,7 +86,7 @@ def sampled_augmentation(
     ]
     if not 0 <= operations <= len(pool):
         raise BadInput(f"`operations` is {operations}; expected 0 to {len(pool)}")
-    return Compose([SomeOf(pool, num_transforms=operations), _typed(keys)])
+    return _Untracked([SomeOf(pool, num_transforms=operations), _typed(keys)])
 
 
 def _crop_and_resize(

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import CacheDataset, Dataset, MetaTensor
-from monai.transforms import Compose, MapTransform, RandGaussianNoised, RandSpatialCropd
+from monai.transforms import Compose, MapTransform, OneOf, RandGaussianNoised, RandSpatialCropd, SomeOf
 
-from common.data import EpochSampler, StreamLoader, collate_plain, make_loader
+from common.data import EpochSampler, SeededDataset, StreamLoader, collate_plain, loading_processes, make_loader
 from common.errors import BadInput
 
 
@@ -127,6 +129,59 @@ def test_what_only_some_cases_have(order):
     cases[0]["thickness"] = torch.ones(1, 2)
     with pytest.raises(BadInput, match="only 1 of 2 cases of a batch have the map 'thickness'"):
         collate_plain(cases)
+
+
+def test_an_epoch_is_one_pass_over_each_loader(monkeypatch):
+    """Loading processes stop at the end of a pass; one of a single case would leave them idle after each batch."""
+    passes = []
+    drawing = EpochSampler.__iter__
+    monkeypatch.setattr(EpochSampler, "__iter__", lambda self: passes.append(self.samples) or drawing(self))
+    loader = StreamLoader({"cases": make_loader(dataset(1), 2, seed=3)}, length=4)
+    assert [len(list(loader)) for _ in range(2)] == [4, 4]
+    assert passes == [8, 8]
+
+
+def test_all_random_transforms_of_an_item_are_seeded(monkeypatch):
+    """Inside of others, too, and those that choose among some."""
+    noises = [RandGaussianNoised("image", 0.5, std=std) for std in (0.1, 1.0, 10.0)]
+    nested = Compose([Loadd("image"), OneOf([Compose([noises[0]]), noises[1]]), SomeOf([noises[2]], num_transforms=1)])
+    for transform in (nested, noises[1]):
+        cases = [{"image": torch.zeros(1, 4, 4)}] if transform is noises[1] else [{"image": 0}]
+        seeded = SeededDataset(Dataset(cases, transform))
+        drawn = [[seeded[0, seed]["image"].as_tensor() for seed in range(8)] for _ in range(2)]
+        assert same(*drawn)
+        assert len({tuple(image.flatten().tolist()) for image in drawn[0]}) > 3
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "shared", "daemon", "expected"),
+    [
+        (3, 1, 2**33, False, 0),
+        (4, 1, 2**33, False, 1),
+        (4, 2, 2**33, False, 0),
+        (12, 1, 2**33, False, 3),
+        (64, 1, 2**33, False, 4),
+        (64, 8, 2**33, False, 2),
+        (64, 1, 2**26, False, 0),
+        (64, 1, 2**33, True, 0),
+    ],
+)
+def test_loading_processes_by_rule(monkeypatch, cores, processes, shared, daemon, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=shared))
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
+    monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(daemon=daemon))
+    assert loading_processes("auto") == expected
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    assert loading_processes("auto") == 0
+    assert loading_processes(3) == 3
+
+
+@pytest.mark.parametrize("wrong", [-1, "two", 1.5, True, None])
+def test_impossible_numbers_of_loading_processes(wrong):
+    with pytest.raises(BadInput, match=r"`num_workers` is .*expected 'auto', or a number"):
+        loading_processes(wrong)
 
 
 def test_every_stream_cycles_on_its_own():

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, MetaTensor
-from monai.transforms import Compose
+from monai.data import CacheDataset, MetaTensor, get_track_meta
+from monai.transforms import Compose, Lambda
 
 from common.errors import BadInput
-from common.transforms import chain, crop, crop_indices, supervised_augmentation, weak_and_strong
+from common.transforms import (
+    chain,
+    crop,
+    crop_indices,
+    supervised_augmentation,
+    weak_and_strong,
+)
+from common.transforms.sampled_augmentation import sampled_augmentation
 
 THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": -1}
 VOLUME = {"name": "volume", "unit": "mL", "kind": "sum"}
@@ -300,6 +309,36 @@ def test_draws_repeat_with_their_seed(case):
     again = [draw(transform, case, seed)["image"] for seed in (1, 2, 1)]
     assert torch.equal(again[0], again[2])
     assert not torch.equal(again[0], again[1])
+
+
+@pytest.mark.parametrize("make", [supervised_augmentation, weak_and_strong, sampled_augmentation])
+def test_what_is_not_recorded_changes_nothing(case, make):
+    """In the main thread, where records are switched off, and in another, where a server may need them meanwhile."""
+    seen = []
+    [patch] = crop((16, 16, 16), 3)(case)
+    transform = make((16, 16, 16))
+    transform.transforms = (Lambda(lambda data: seen.append(get_track_meta()) or data), *transform.transforms)
+
+    def draws() -> list[dict]:
+        return [draw(transform, dict(patch), seed) for seed in range(12)]
+
+    alone = draws()
+    with ThreadPoolExecutor(1) as pool:
+        elsewhere = pool.submit(draws).result()
+    assert seen == [False] * 12 + [True] * 12
+    assert get_track_meta()
+    for one, other in zip(alone, elsewhere, strict=True):
+        for key in set(one) & {"image", "label", "strong"}:
+            assert type(one[key]) is torch.Tensor
+            assert torch.equal(one[key], torch.as_tensor(other[key]))
+
+    def fail(data):
+        raise RuntimeError("a step fails")
+
+    transform.transforms = (fail,)
+    with pytest.raises(RuntimeError, match="applying transform"):
+        transform(dict(patch))
+    assert get_track_meta()
 
 
 def test_two_dimensions():

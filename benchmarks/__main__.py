@@ -13,7 +13,16 @@ import sys
 import torch
 
 #: in the order of `all`
-SECTIONS = ("plain_loop", "training", "inference", "loading", "start_up", "dodnet", "dynamic_convolution")
+SECTIONS = (
+    "plain_loop",
+    "training",
+    "inference",
+    "large_volume",
+    "loading",
+    "start_up",
+    "dodnet",
+    "dynamic_convolution",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -90,6 +90,7 @@ VARIANTS = {
     "+ allocator": {"allocator"},
     "+ bf16": {"allocator", "bf16"},
     "+ channels last": {"allocator", "bf16", "channels_last"},
+    "+ bf16 and torch.compile": {"allocator", "bf16", "compile"},
     "project": {"engine"},
 }
 
@@ -131,13 +132,14 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         trainer.run()
     else:
         network.train()
+        logits = torch.compile(_logits) if "compile" in settings else _logits
         dtype = precision(True, device) if "bf16" in settings else None
         for batch in batches:
             began_at = time.perf_counter()
             image, label = batch["image"].to(device), batch["label"].to(device)
             optimizer.zero_grad()
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-                loss = loss_function(_logits(network, image), label)
+                loss = loss_function(logits(network, image), label)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -148,6 +150,7 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         loss_function(_logits(network, image), label).backward()
     return {
         "seconds": statistics.median(seconds[WARM_UP:]),
+        "first": seconds[0],
         "bytes": peak,
         "flops": counter.get_total_flops(),
         "losses": losses,
@@ -174,6 +177,7 @@ def report(name: str, device: str) -> str:
     cells = [
         [
             f"{network}, {variant}",
+            f"{item['first']:.1f}",
             f"{item['seconds']:.3f}",
             f"{base['seconds'] / item['seconds']:.2f}",
             f"{item['bytes'] / 2**20:.0f}",
@@ -185,7 +189,16 @@ def report(name: str, device: str) -> str:
         ]
         for (network, variant), item in found.items()
     ]
-    titles = ["", "step [s]", "times as fast", "memory [MiB]", "GFLOPs", "of the matrix rate", "weights [M]"]
+    titles = [
+        "",
+        "first step [s]",
+        "step [s]",
+        "times as fast",
+        "memory [MiB]",
+        "GFLOPs",
+        "of the matrix rate",
+        "weights [M]",
+    ]
     titles += ["first loss", f"loss of step {size.steps}"]
     said = (
         f"{device_name(device)}; matrices of {str(dtype).removeprefix('torch.')} are multiplied at {rate / 1e9:.0f} "

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
+import torch
 from bundle_runs import PLAN
 
-from benchmarks import inference, loading, plain_loop, start_up, training
+from benchmarks import inference, large_volume, loading, plain_loop, start_up, training
 from benchmarks.__main__ import SECTIONS, main
 from common.data.phantom import generate_phantoms
 
@@ -62,7 +67,9 @@ def test_rows_are_set_beside_supervised_training(monkeypatch: pytest.MonkeyPatch
     assert "| ua_mt | 1.500 | 3.00 | 3 | 3.00 | 6.0 | 10% | 5.00 |" in text
 
 
-def test_every_variant_of_the_loop_learns_the_same() -> None:
+def test_every_variant_of_the_loop_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The default backend compiles for minutes, and needs a compiler.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     size = plain_loop.SIZES["small"]
     small = plain_loop.Size(size.title, (2, 16, 16, 16), size.networks, 4)
     plain, *others = (plain_loop.measure(small, "network 16-128", name, "cpu") for name in plain_loop.VARIANTS)
@@ -79,6 +86,26 @@ def test_rows_of_inference(title: str) -> None:
         small = inference.Row(row.networks, (32, 32, 40), windows)
         found = inference.measure(small, "cpu")
         assert found["seconds"] > 0
+
+
+def test_a_scan_from_its_file_to_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_volume, "ROWS", {"small": ("dual_decoder", (40, 40, 32), {"num_workers": 0})})
+    monkeypatch.setattr(large_volume, "WINDOW", [32, 32, 32])
+    monkeypatch.setattr(
+        large_volume, "in_own_process", lambda section, arguments: large_volume.measure(arguments[1], "cpu")
+    )
+    text = large_volume.main(argparse.Namespace(one=None, device="cpu"))
+    [row] = [line for line in text.splitlines() if line.startswith("| small | 40 x 40 x 32 | ")]
+    memory = float(row.split("|")[4])
+    assert 0.2 < memory < 4, "of the libraries, above all"
+
+
+def test_a_scan_has_air_tissue_and_lungs(tmp_path: Path) -> None:
+    large_volume.make_scan((64, 64, 8), tmp_path / "scan.nii")
+    scan = nibabel.load(tmp_path / "scan.nii")
+    assert scan.header.get_zooms() == pytest.approx(large_volume.SPACING)
+    means = [scan.get_fdata()[place].mean() for place in (np.s_[:4, :4], np.s_[32, 32], np.s_[44:46, 32])]
+    assert means == pytest.approx([-1000, 40, -850], abs=10)
 
 
 def test_loading_from_files_and_from_the_cache(tmp_path: Path, plan: str) -> None:

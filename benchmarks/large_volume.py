@@ -1,0 +1,98 @@
+"""What the prediction of a whole chest CT takes: memory and time of the bundle's own command, from file to files.
+
+    python -m benchmarks large_volume
+
+The scan is made up: noisy air, a body of soft tissue, two lungs; 0.8 x 0.8 x 0.6 mm. Weights are random, which costs
+what trained ones do. Memory is the most that the process held, its libraries included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+
+from benchmarks.measuring import ROOT, device_name, in_own_process, table
+
+SPACING = (0.8, 0.8, 0.6)
+WHOLE = (512, 512, 600)
+#: rows: bundle, voxels, overrides
+ROWS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
+    "segmentation": ("teacher", WHOLE, {}),
+    "segmentation and thickness": ("dual_decoder", WHOLE, {}),
+    "- at the file's own spacing": ("dual_decoder", WHOLE, {"spacing": list(SPACING)}),
+    "- of an eighth of the voxels": ("dual_decoder", (256, 256, 300), {}),
+}
+WINDOW = [96, 96, 96]
+
+
+def make_scan(size: tuple[int, int, int], path: Path) -> None:
+    """Write a CT of Hounsfield units: an elliptic cylinder of tissue with two lungs in it, and noise."""
+    generator = np.random.default_rng(0)
+    x, y = np.meshgrid(*(np.linspace(-1, 1, side) for side in size[:2]), indexing="ij")
+    body = (x / 0.85) ** 2 + (y / 0.6) ** 2 < 1
+    lungs = ((np.abs(x) - 0.4) / 0.3) ** 2 + (y / 0.4) ** 2 < 1
+    plane = np.where(lungs, -850, np.where(body, 40, -1000)).astype(np.int16)
+    image = np.empty(size, np.int16)
+    for index in range(size[2]):
+        image[..., index] = plane + generator.integers(-30, 31, size[:2], dtype=np.int16)
+    nibabel.save(nibabel.Nifti1Image(image, np.diag([*SPACING, 1.0])), path)
+
+
+def measure(name: str, device: str) -> dict[str, Any]:
+    """Seconds and peak memory of one command."""
+    bundle, size, overrides = ROWS[name]
+    config = ROOT / "bundles" / bundle / "configs" / "inference.json"
+    parser = ConfigParser()
+    parser.read_config(str(config))
+    with tempfile.TemporaryDirectory() as folder:
+        make_scan(size, Path(folder) / "scan.nii")
+        torch.save({"model": parser.get_parsed_content("network_def").state_dict()}, Path(folder) / "model.pt")
+        paths = {"input": f"{folder}/scan.nii", "ckpt_dir": folder, "output_dir": f"{folder}/results"}
+        settings = {"patch_size": WINDOW, "device": device, **overrides, **paths}
+        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
+        for key, value in settings.items():
+            command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        began = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        seconds = time.perf_counter() - began
+        if done.returncode or not (Path(folder) / "results" / "scan_seg.nii.gz").exists():
+            raise SystemExit(f"the prediction failed:\n{done.stderr[-2000:]}")
+    return {"seconds": seconds, "bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m benchmarks large_volume``."""
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+
+
+def main(options: argparse.Namespace) -> str:
+    """The Markdown."""
+    if options.one is not None:
+        return json.dumps(measure(options.one, options.device))
+    cells = []
+    for name, (_, size, _) in ROWS.items():
+        found = in_own_process("large_volume", ["--one", name, "--device", options.device])
+        voxels = int(np.prod(size))
+        cells.append(
+            [
+                name,
+                " x ".join(map(str, size)),
+                f"{found['seconds']:.0f}",
+                f"{found['bytes'] / 1e9:.1f}",
+                f"{found['bytes'] / voxels:.0f}",
+            ]
+        )
+    titles = ["", "voxels", "seconds", "memory [GB]", "bytes a voxel"]
+    return "\n".join([f"{device_name(options.device)}.", "", table(titles, cells)])

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
@@ -185,7 +186,8 @@ class DualDecoderNetwork(nn.Module):
             holds one of these a stage, such as ``[[4, 4, 4], None]``.
         prior: whether attention is drawn to the structures' edges.
         edge_classes: classes whose edges count. None is all but the background.
-        edge_kernel: odd size in voxels of the pooling that finds edges, an integer or one an axis.
+        edge_kernel: odd size of the pooling that finds edges, an integer or one an axis, in voxels of the regression
+            decoder's resolution.
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
@@ -248,6 +250,7 @@ class DualDecoderNetwork(nn.Module):
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)
+        self.edge_cell = [int(scale) for scale in self.regression_decoder.last_scale]
         self.needs_edge = prior and len(attention_stages) > 0
         self.segmentation_gradient = segmentation_gradient
         if self.needs_edge and not (self.edge_classes and set(self.edge_classes) <= set(range(out_channels))):
@@ -292,7 +295,12 @@ class DualDecoderNetwork(nn.Module):
             read, scores = [stage.detach() for stage in decoded], scores.detach()
         edge: Tensor | None = None
         if self.needs_edge:
-            edge = _soft_edges(torch.softmax(scores, dim=1), self.edge_classes, self.edge_kernel)
+            probabilities = torch.softmax(scores, dim=1)
+            if max(self.edge_cell) > 1 and x.dim() == 5:
+                probabilities = F.avg_pool3d(probabilities, self.edge_cell)
+            elif max(self.edge_cell) > 1:
+                probabilities = F.avg_pool2d(probabilities, self.edge_cell)
+            edge = _soft_edges(probabilities, self.edge_classes, self.edge_kernel)
         return features, logits, self.regression_decoder.measure(self.regression_decoder(features, read, edge))
 
     def forward(self, x: Tensor) -> Tensor:

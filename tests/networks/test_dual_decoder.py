@@ -267,6 +267,25 @@ def test_a_coarser_regression_decoder_is_interpolated(shape):
     assert all(p.grad is not None for p in decoder.parameters())
 
 
+def test_edges_for_a_coarser_decoder_are_those_of_its_own_voxels(monkeypatch):
+    """A wall that is one fine voxel thick is half of a coarse one."""
+    seen = []
+    monkeypatch.setattr(
+        "common.networks.dual_decoder._soft_edges", lambda *given: seen.append(given) or torch.zeros(1, 1, 4, 4)
+    )
+    network = dual(FLAT, regression_stage=1, attention_stages=[1], attention_window=None)
+    scores = torch.full((1, 3, 8, 8), -20.0)
+    scores[:, 0] = 20
+    scores[:, :, 3] = torch.tensor([-20.0, -20.0, 20.0])[:, None]
+    monkeypatch.setattr(network.segmentation_decoder, "full_resolution", lambda decoded: scores)
+    network(image(FLAT, batch=1))
+    [(probabilities, classes, kernel)] = seen
+    assert classes == [1, 2]
+    assert kernel == [3, 3]
+    assert probabilities.shape == (1, 3, 4, 4)
+    assert torch.allclose(probabilities[0, 2], torch.tensor([0.0, 0.5, 0.0, 0.0])[:, None].expand(4, 4))
+
+
 def test_attention_above_a_coarser_decoder_is_explained():
     with pytest.raises(BadInput, match=r"attention_stages: found \[0, 1\].*1 \(highest resolution\) to 1"):
         dual(regression_stage=1)

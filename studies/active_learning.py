@@ -163,7 +163,7 @@ def plot(results: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]], path:
             mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
             axes.plot(counts, mean, linewidth=2, marker="o", label=f"{strategy}, {title}", **style)
     axes.set(xlabel="labelled volumes", ylabel="mean Dice of the validation volumes", xticks=counts)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", handlelength=5)  # long enough to tell dashed lines from others
     figure.savefig(path, dpi=150)
 
 

@@ -53,7 +53,7 @@ def _regression() -> nn.Module:
     return RegressionNetwork(3, 1, **SHAPE, targets=TARGETS)
 
 
-def _dual(stages: Sequence[int] = (1, 2), width: float = 1.0, convolutions: int = 2) -> nn.Module:
+def _dual(stages: Sequence[int] = (1, 2), width: float = 1.0, last_stage: int = 0) -> nn.Module:
     return DualDecoderNetwork(
         *(3, 1, 3),
         **SHAPE,
@@ -61,7 +61,7 @@ def _dual(stages: Sequence[int] = (1, 2), width: float = 1.0, convolutions: int 
         attention_stages=stages,
         attention_window=4,
         regression_width=width,
-        regression_convolutions=convolutions,
+        regression_stage=last_stage,
     )
 
 
@@ -85,10 +85,10 @@ TABLES = {
         "segmentation network": Row((_segmentation,), CHEST, SMALL),
         "regression network": Row((_regression,), CHEST, SMALL),
         "dual decoder": Row((_dual,), CHEST, SMALL),
-        "- attention at stage 2 alone": Row((partial(_dual, [2]),), CHEST, SMALL),
-        "- and half the channels in the regression decoder": Row((partial(_dual, [2], 0.5),), CHEST, SMALL),
-        "- and one convolution a stage of it": Row((partial(_dual, [2], 0.5, 1),), CHEST, SMALL),
-        "- and no attention": Row((partial(_dual, [], 0.5, 1),), CHEST, SMALL),
+        "- no attention": Row((partial(_dual, []),), CHEST, SMALL),
+        "- regression at half resolution": Row((partial(_dual, (1, 2), 1.0, 1),), CHEST, SMALL),
+        "- and attention at stage 2 alone": Row((partial(_dual, [2], 1.0, 1),), CHEST, SMALL),
+        "- and half the channels in the regression decoder": Row((partial(_dual, [2], 0.5, 1),), CHEST, SMALL),
     },
 }
 

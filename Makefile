@@ -41,8 +41,11 @@ bench: setup
 	mkdir -p output
 	$(BIN)/python -m benchmarks all | tee output/bench.md
 
-label: $(LABEL)/.ready
+label:
 	@test -n "$(STUDIES)" || { echo "Name the folder of your images: make label STUDIES=folder"; exit 2; }
+	@# the server asks itself by way of 127.0.0.1
+	@case "$(HOST)" in 127.0.0.1|0.0.0.0) ;; *) echo "HOST is 127.0.0.1, or 0.0.0.0 for all addresses"; exit 2;; esac
+	@$(MAKE) --no-print-directory $(LABEL)/.ready
 	MONAI_LABEL_SESSION_PATH="$(CURDIR)/$(LABEL)/cache/sessions" $(LABEL)/bin/python -m monailabel.main start_server \
 		--app monailabel_app --studies "$(STUDIES)" --host $(HOST) --port $(PORT) \
 		$(if $(PLAN),--conf plan "$(PLAN)") $(if $(BUNDLES),--conf bundles "$(BUNDLES)")

@@ -173,7 +173,8 @@ class FewLabelsApp(MONAILabelApp):
             "  3D Slicer, with its extension MONAI Label: module MONAI Label, this address as server, fetch models;\n"
             "    Active Learning > Next Sample; Auto Segmentation > Run; correct the segments; Submit Label;\n"
             "    after a few: Active Learning > Model all_stages > Train. See docs/monai-label.md.\n"
-            f"  OHIF: {address}/ohif/ when STUDIES is the address of a DICOMweb server.\n"
+            f"  OHIF, when STUDIES is the address of a DICOMweb server: {address}/ohif/, open a study in the mode\n"
+            "    MONAI Label; Auto-Segmentation > Run; Active Learning > Next Sample; Update Model trains.\n"
             "Ctrl-C ends it.\n",
             flush=True,
         )

@@ -28,6 +28,7 @@ from common.errors import BadInput, explain
 from common.files import write_atomically
 from common.metrics.uncertainty import disagreement, entropy
 from common.networks import hand_over
+from common.provenance import file_digest
 from common.study import ROOT, Study
 
 STRATEGIES = ("random", "entropy", "disagreement")
@@ -107,8 +108,12 @@ class Campaign:
     @torch.no_grad()
     def _scores(self, study: Study, cases: Sequence[Case]) -> Mapping[str, float]:
         path = study.output / f"{self.strategy}.json"
-        if path.exists():
-            return json.loads(path.read_text())
+        weights = {stage: study.model(stage, self.seed) for stage in ("teacher", "student")}
+        # Scores of other weights, or of other cases, would choose as if nothing had changed.
+        made_with = {stage: file_digest(file) for stage, file in weights.items()}
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if known.get("made_with") == made_with and set(known["scores"]) == {case_name(case) for case in cases}:
+            return known["scores"]
         device = self.options.device or ("cuda:0" if torch.cuda.is_available() else "cpu")
         parsers = {}
         for stage in ("teacher", "student"):
@@ -117,8 +122,7 @@ class Campaign:
                 [str(ROOT / "bundles" / stage / "configs" / "inference.json"), str(self.options.output / "plan.json")]
             )
             parser["device"] = device
-            weights = study.folder(study.runs[stage], self.seed) / "models" / "model.pt"
-            hand_over(parser.get_parsed_content("network").eval(), weights)
+            hand_over(parser.get_parsed_content("network").eval(), weights[stage])
         scores = {}
         for case in cases:
             image = parsers["student"].get_parsed_content("preprocessing")({"image": case["image"]})["image"][None]
@@ -128,7 +132,7 @@ class Campaign:
             }
             both = logits["teacher"], logits["student"]
             scores[case_name(case)] = entropy(both[1]) if self.strategy == "entropy" else disagreement(*both)
-        write_atomically(path, json.dumps(scores, indent=1))
+        write_atomically(path, json.dumps({"made_with": made_with, "scores": scores}, indent=1))
         return scores
 
 
@@ -204,6 +208,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, ValueError) as error:
         print(f"error: {explain(error) or error}", file=sys.stderr)
         sys.exit(1)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bundle_runs import PLAN
+from monai.bundle import ConfigParser
 
+from common.data.phantom import generate_phantoms
 from common.study import ROOT, Run, Study
 
 CASES = [f"case{index:02d}" for index in range(12)]
@@ -93,6 +98,42 @@ def test_what_is_done_is_not_done_again(study, trained, options):
     before = list(trained)
     study.main([*options, "--strategies", "random,entropy"])
     assert {folder for folder, _, _ in trained[len(before) :]} == {"entropy"}
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "disagreement"])
+def test_scores_are_those_of_the_weights_at_hand(study, tmp_path, monkeypatch, strategy):
+    generate_phantoms(
+        tmp_path / "data", labeled=2, unlabeled=0, validation=1, shape=(24, 24, 20), seed=1, progress=False
+    )
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "plan.json").write_text(json.dumps(PLAN))
+    options = argparse.Namespace(
+        data=tmp_path / "data", datalist="datalist.json", output=tmp_path / "output", step=1, epochs=1, device="cpu"
+    )
+    campaign = study.Campaign(options, strategy, 0)
+    of = campaign._study(campaign.pool[:1], 0)
+
+    def write(stage: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        parser = ConfigParser()
+        configs = ROOT / "bundles" / stage / "configs" / "inference.json"
+        parser.read_config([str(configs), str(tmp_path / "output" / "plan.json")])
+        path = of.model(stage, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": parser.get_parsed_content("network_def").state_dict()}, path)
+
+    write("teacher", 0)
+    write("student", 0)
+    first = campaign._scores(of, campaign.pool)
+    assert set(first) == {study.case_name(case) for case in campaign.pool}
+    # Of one network twice there is nothing to disagree about, and it is as uncertain as anybody with random weights.
+    assert all(score > 0 if strategy == "entropy" else score == pytest.approx(0, abs=1e-6) for score in first.values())
+    write("student", 1)
+    second = campaign._scores(of, campaign.pool)
+    assert all(second[name] != first[name] for name in first)
+    assert all(score > 1e-4 for score in second.values())
+    monkeypatch.setattr(study, "hand_over", lambda *given: pytest.fail("scored again"))
+    assert campaign._scores(of, campaign.pool) == second
 
 
 def test_an_unknown_strategy_is_refused(study, options):

@@ -7,10 +7,12 @@ import logging
 import os
 import random
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import requests
 from monailabel.config import settings
+from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
@@ -34,7 +36,7 @@ class UncertaintyScoring(ScoringMethod):
     """Scores every image without a label: by the student's entropy, and by how far teacher and student disagree.
 
     The scores are kept in the images' information under ``uncertainty``: ``entropy``, ``disagreement``, the time, and
-    the weights they were formed with. An image is scored again when the weights are others.
+    what they were formed with. An image is scored again when the weights are others, or its file is.
 
     Args:
         app: whose teacher and student are asked.
@@ -48,11 +50,21 @@ class UncertaintyScoring(ScoringMethod):
         paths = {name: self.app.bundles[name] / "models" / "model.pt" for name in ("teacher", "student")}
         return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}
 
+    @staticmethod
+    def _written(datastore: Datastore, name: str) -> int | None:
+        """When an image's file was; None of images elsewhere, which would have to be fetched to be asked."""
+        if not isinstance(datastore, LocalDatastore):
+            return None
+        path = Path(datastore.get_image_uri(name))
+        return path.stat().st_mtime_ns if path.exists() else None
+
     def pending(self, datastore: Datastore) -> list[str]:
         """The images without a label that the present weights have not scored; none while there are no weights."""
         weights = self._weights()
         names = datastore.get_unlabeled_images() if weights else []
-        return [name for name in names if datastore.get_image_info(name).get(KEY, {}).get("weights") != weights]
+        made_with = ({**weights, "image": self._written(datastore, name)} for name in names)
+        known = (datastore.get_image_info(name).get(KEY, {}).get("made_with") for name in names)
+        return [name for name, now, then in zip(names, made_with, known, strict=True) if now != then]
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Score what is pending; an image that fails does not stop the others, and its reason is kept as ``error``."""
@@ -67,7 +79,8 @@ class UncertaintyScoring(ScoringMethod):
             except Exception as error:
                 found = {"error": find_bad_input(error) or f"{type(error).__name__}: {error}"}
                 logger.warning("%s is not scored: %s", name, found["error"])
-            self._keep(datastore, name, {**found, "weights": weights, "ts": int(time.time())})
+            made_with = {**weights, "image": self._written(datastore, name)}
+            self._keep(datastore, name, {**found, "made_with": made_with, "ts": int(time.time())})
         return {"scored": len(names)}
 
     def _score(self, stages: list[str], path: str, device: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -182,7 +183,7 @@ def test_an_image_that_cannot_be_read_is_named(trained: Server) -> None:
     assert (answer.status_code, "no image 'nobody'" in answer.json()["detail"]) == (404, True)
 
 
-def test_the_unfamiliar_image_comes_first(certain: Server, volumes: Volumes) -> None:
+def test_the_unfamiliar_image_comes_first(certain: Server, volumes: Volumes, studies: Path) -> None:
     scores = certain.score()
     without = {name for name in volumes.images if name not in volumes.labels}
     assert {name for name, found in scores.items() if found} == without
@@ -196,6 +197,19 @@ def test_the_unfamiliar_image_comes_first(certain: Server, volumes: Volumes) -> 
     second = certain.ask("POST", "/activelearning/entropy", json={})
     assert second["id"] in without - {CORRUPT, UNFAMILIAR}
     assert certain.ask("POST", "/activelearning/random", json={})["id"] in without - {CORRUPT}
+    # One that was repaired is an image like others, as soon as it is scored.
+    path = studies / f"{CORRUPT}.nii.gz"
+    broken = path.read_bytes()
+    shutil.copy(volumes.images[UNFAMILIAR], path)
+    try:
+        repaired = certain.score()
+    finally:
+        path.write_bytes(broken)
+    assert repaired[CORRUPT]["entropy"] == pytest.approx(scores[UNFAMILIAR]["entropy"])
+    assert {name: repaired[name]["ts"] for name in without - {CORRUPT}} == {
+        name: scores[name]["ts"] for name in without - {CORRUPT}
+    }, "the others were not scored again"
+    assert "error" in certain.score()[CORRUPT]
 
 
 def test_the_student_learns_from_images_without_a_label(certain: Server, conf: dict[str, Any], studies: Path) -> None:

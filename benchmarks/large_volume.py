@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,12 +63,28 @@ def measure(name: str, device: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
         for key, value in settings.items():
             command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        began = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        began, most = time.perf_counter(), 0
+        with open(Path(folder) / "log.txt", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+            while process.poll() is None:
+                most = max(most, _held(process.pid))
+                time.sleep(0.05)
         seconds = time.perf_counter() - began
-        if done.returncode or not (Path(folder) / "results" / "scan_seg.nii.gz").exists():
-            raise SystemExit(f"the prediction failed:\n{done.stderr[-2000:]}")
-    return {"seconds": seconds, "bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+        if process.returncode or not (Path(folder) / "results" / "scan_seg.nii.gz").exists():
+            raise SystemExit(f"the prediction failed:\n{(Path(folder) / 'log.txt').read_text()[-2000:]}")
+    return {"seconds": seconds, "bytes": most}
+
+
+def _held(process: int) -> int:
+    """Bytes that a process held at most, up to now; 0 when it is gone.
+
+    What the operating system says of children that have ended begins with what their parent held.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -122,6 +122,8 @@ def command_line(
         settings["device"] = record["device"] if on_cpu or torch.cuda.is_available() else "cpu"
     if on_cpu or torch.cuda.is_available():
         settings["amp"] = record["amp"]
+    if "num_workers" in record:
+        settings["num_workers"] = record["num_workers"]
     if datalist is not None:
         settings |= {"dataset_dir": datalist.resolve().parent, "datalist": datalist.resolve()}
     for role, path in (weights or {}).items():

@@ -76,6 +76,7 @@ def reproduce(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_record_says_what_it_takes(record: dict[str, Any], trained: Path) -> None:
     assert (record["stage"], record["seed"], record["device"], record["amp"]) == ("student", 5, "cpu", "false")
+    assert record["num_workers"] == 1
     assert {"-m", "monai.bundle", "run", "--seed", "--config_file"} <= set(record["command"])
     assert Path(record["folder"]).is_dir()
     assert record["config"]["features"] == PLAN["features"]

@@ -12,6 +12,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,12 @@ __all__ = [
     "whole_cases",
 ]
 
-#: most loading processes of a stream, and how many cores of a training process there are for each
+#: most loading processes of a stream, and how many cores of a training process there are for each of them
 _MOST_PROCESSES, _CORES_A_PROCESS = 4, 4
-#: bytes of shared memory, in which batches lie until they are read; containers often have 64 MB of it
-_SHARED_MEMORY = 2**30
+#: bytes of shared memory in which batches lie until they are read; containers often have 64 MB of it
+_SHARED_MEMORY = 8 * 2**30
+#: what a container may use of its machine's cores: a quota and a period, in microseconds
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def process_share() -> tuple[int, int]:
@@ -176,11 +179,14 @@ def _is_numeric(value: Any) -> bool:
 def loading_processes(num_workers: int | str) -> int:
     """How many processes load a stream's batches.
 
+    With one or more, batches are the same whatever their number; in the training's own process sums over a crop may be
+    taken by several threads, and so differ in their last bits.
+
     Args:
         num_workers: a number, or ``"auto"``: one for every 4 cores that this process may use, at most 4; with fewer
-            cores a process takes from the step what it saves. None where processes could fail: little shared memory,
-            as in containers, a daemon, which may have no children, or a system that does not fork, so that each would
-            copy the cache.
+            cores a process takes from the step what it saves. None where processes could fail: less than 8 GB of shared
+            memory, as in containers, a daemon, which may have no children, or a system that does not fork, so that
+            each would copy the cache.
 
     Raises:
         BadInput: it is neither.
@@ -189,14 +195,26 @@ def loading_processes(num_workers: int | str) -> int:
         if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
             raise BadInput(f"`num_workers` is {num_workers!r}; expected 'auto', or a number of processes from 0 up")
         return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's processes on this machine
-    forked = multiprocessing.get_start_method() == "fork" and not multiprocessing.current_process().daemon
+    # The first of all methods is the system's own; to ask for the one in use would settle it for the whole process.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     try:
         room = shutil.disk_usage("/dev/shm").free >= _SHARED_MEMORY  # not a temporary file of ours
     except OSError:
         room = False
-    return min(_MOST_PROCESSES, cores // _CORES_A_PROCESS) if forked and room else 0
+    if method != "fork" or not room or multiprocessing.current_process().daemon:
+        return 0
+    siblings = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # torchrun's processes on this machine
+    return min(_MOST_PROCESSES, int(_cores() / max(1, siblings)) // _CORES_A_PROCESS)
+
+
+def _cores() -> float:
+    """The cores that this process may use, as a container's quota has them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return cores if quota == "max" else min(cores, int(quota) / int(period))
+    except (OSError, ValueError):
+        return cores
 
 
 def make_loader(
@@ -241,7 +259,6 @@ def whole_cases(
     preprocessing: Callable,
     targets: Sequence[Mapping[str, Any]],
     seed: int = 0,
-    num_workers: int = 0,
 ) -> DataLoader | None:
     """A stream of whole volumes, one a batch, for targets that are a number a case; None when there is no such target.
 
@@ -252,7 +269,6 @@ def whole_cases(
         preprocessing: the deterministic preprocessing.
         targets: descriptions of the regression targets.
         seed: seed of the run.
-        num_workers: loading processes.
 
     Raises:
         BadInput: no entry has a number for a case-level target.
@@ -263,7 +279,7 @@ def whole_cases(
     cases = [entry for entry in entries if any(entry.get(name) is not None for name in names)]
     if not cases:
         raise BadInput(f"`targets` names {names}, a number a case, but no training entry of the datalist has one")
-    return make_loader(CacheDataset(cases, preprocessing), 1, seed, num_workers)
+    return make_loader(CacheDataset(cases, preprocessing), 1, seed)
 
 
 class StreamLoader:

@@ -288,6 +288,7 @@ class Tracking(_Run):
         device = getattr(engine.state, "device", "cpu")
         made_with = environment(device, idist.get_world_size())
         precision: Any = getattr(engine, "precision", None)
+        streams = getattr(engine.state.dataloader, "streams", {})
         earlier = self._earlier_record() if engine.state.epoch > 0 else {}
         self.record = {
             "stage": self.stage,
@@ -298,6 +299,7 @@ class Tracking(_Run):
             "seed": getattr(engine, "seed", None),
             "device": str(device),
             "amp": _PRECISIONS.get(precision, "false"),
+            "num_workers": max((loader.num_workers for loader in streams.values()), default=0),
             "made_with": made_with,
             "config": self.config,
             "parents": {

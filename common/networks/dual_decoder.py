@@ -144,7 +144,8 @@ class RegressionDecoder(Decoder):
         Args:
             features: the encoder's features, high to low resolution.
             segmentation: the segmentation decoder's decoded features, low to high resolution, which attention reads.
-            edge: (B, 1, *spatial) in [0, 1] at the image's resolution.
+            edge: (B, 1, *spatial) in [0, 1] at the image's resolution, or at a coarser one that no stage with attention
+                exceeds.
         """
         x = features[-1]
         decoded: list[Tensor] = []
@@ -250,7 +251,8 @@ class DualDecoderNetwork(nn.Module):
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)
-        self.edge_cell = [int(scale) for scale in self.regression_decoder.last_scale]
+        self.edge_cell = [math.prod(axis) for axis in zip(*self.encoder.strides[1 : regression_stage + 1], strict=True)]
+        self.edge_cell = self.edge_cell or [1] * spatial_dims
         self.needs_edge = prior and len(attention_stages) > 0
         self.segmentation_gradient = segmentation_gradient
         if self.needs_edge and not (self.edge_classes and set(self.edge_classes) <= set(range(out_channels))):

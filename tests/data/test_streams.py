@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -162,20 +163,32 @@ def test_all_random_transforms_of_an_item_are_seeded(monkeypatch):
         (12, 1, 2**33, False, 3),
         (64, 1, 2**33, False, 4),
         (64, 8, 2**33, False, 2),
-        (64, 1, 2**26, False, 0),
+        (64, 1, 2**30, False, 0),
         (64, 1, 2**33, True, 0),
     ],
 )
-def test_loading_processes_by_rule(monkeypatch, cores, processes, shared, daemon, expected):
+def test_loading_processes_by_rule(monkeypatch, tmp_path, cores, processes, shared, daemon, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("common.data.streams._QUOTA", tmp_path / "cpu.max")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=shared))
-    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "fork")
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: None)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["fork", "spawn"])
     monkeypatch.setattr("multiprocessing.current_process", lambda: SimpleNamespace(daemon=daemon))
     assert loading_processes("auto") == expected
-    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert loading_processes("auto") == expected
+    (tmp_path / "cpu.max").write_text("850000 100000\n")  # eight cores and a half
+    assert loading_processes("auto") == min(expected, {1: 2, 2: 1, 8: 0}[processes])
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: "spawn")
     assert loading_processes("auto") == 0
     assert loading_processes(3) == 3
+
+
+def test_the_rule_settles_nothing_for_the_process():
+    before = multiprocessing.get_start_method(allow_none=True)
+    loading_processes("auto")
+    assert multiprocessing.get_start_method(allow_none=True) == before
 
 
 @pytest.mark.parametrize("wrong", [-1, "two", 1.5, True, None])

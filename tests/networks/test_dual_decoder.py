@@ -286,6 +286,17 @@ def test_edges_for_a_coarser_decoder_are_those_of_its_own_voxels(monkeypatch):
     assert torch.allclose(probabilities[0, 2], torch.tensor([0.0, 0.5, 0.0, 0.0])[:, None].expand(4, 4))
 
 
+@pytest.mark.parametrize(("first", "stage", "cell"), [(1, 0, [1, 1]), (2, 0, [1, 1]), (1, 1, [2, 2]), (2, 1, [2, 2])])
+def test_the_voxels_of_edges_are_the_first_stages_unless_the_decoder_is_coarser(first, stage, cell):
+    network = dual(
+        {**FLAT, "strides": [first, 2, 2]}, regression_stage=stage, attention_stages=[1], attention_window=None
+    )
+    assert network.edge_cell == cell
+    x = torch.randn(1, 1, 16, 16)
+    assert network(x).shape == (1, 5, 16, 16)
+    assert torch.equal(torch.jit.script(network)(x), network(x))
+
+
 def test_attention_above_a_coarser_decoder_is_explained():
     with pytest.raises(BadInput, match=r"attention_stages: found \[0, 1\].*1 \(highest resolution\) to 1"):
         dual(regression_stage=1)

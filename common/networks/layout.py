@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from monai.networks.layers.factories import Norm
 from torch import Tensor, nn
 
-__all__ = ["ChannelsLast", "InstanceNorm2d", "InstanceNorm3d", "channels_side_by_side"]
+__all__ = ["NORM_NAME", "ChannelsLast", "InstanceNorm2d", "InstanceNorm3d", "channels_side_by_side"]
 
 
 def channels_side_by_side(x: Tensor) -> Tensor:
@@ -69,6 +69,10 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         return _instance_norm(x, self.weight, self.bias, self.eps)
 
 
-@Norm.factory_function("instance_keeping_order")
+#: in MONAI's factory, where a packed bundle's copy of this module must not take its place: what it defines goes with it
+NORM_NAME = f"instance_keeping_order_of_{__name__.replace('.', '_')}"
+
+
+@Norm.factory_function(NORM_NAME)
 def _of_dimension(spatial_dims: int) -> type[nn.Module]:
     return InstanceNorm3d if spatial_dims == 3 else InstanceNorm2d

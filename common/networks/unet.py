@@ -18,14 +18,14 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from ..errors import BadInput
-from .layout import ChannelsLast
+from .layout import NORM_NAME, ChannelsLast
 
 __all__ = ["Decoder", "Encoder", "SegmentationNetwork", "full_precision", "initialise", "per_axis"]
 
 PerAxis = int | Sequence[int]
 
 NEGATIVE_SLOPE = 0.01
-NORM = ("instance_keeping_order", {"affine": True, "eps": 1e-5})
+NORM = (NORM_NAME, {"affine": True, "eps": 1e-5})
 ACTIVATION = ("leakyrelu", {"negative_slope": NEGATIVE_SLOPE, "inplace": True})
 INTERPOLATION = {2: "bilinear", 3: "trilinear"}
 

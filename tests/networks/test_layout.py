@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 
-from common.networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork
+from common.networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, layout
 from common.networks.dynamic_head import DynamicHeadNetwork
 from common.networks.layout import ChannelsLast, InstanceNorm2d, InstanceNorm3d, channels_side_by_side
 from common.networks.vnet import VNet
@@ -23,6 +25,19 @@ NETWORKS = {
     "DoDNet": (DynamicHeadNetwork, {**SHARED, **STAGES, "out_channels": 3}),
     "V-Net": (VNet, {**SHARED, "out_channels": 2, "convolutions": [1, 1, 1], "dropout": 0.0}),
 }
+
+
+def test_a_copy_of_the_project_keeps_its_norm_to_itself():
+    """A packed bundle brings one, which may be another version, and is unloaded after use."""
+    specification = importlib.util.spec_from_file_location("scripts_copy_of_layout", layout.__file__)
+    assert specification is not None
+    assert specification.loader is not None
+    copy = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(copy)
+    network = SegmentationNetwork(**SHARED, **STAGES, out_channels=2)
+    norms = [module for module in network.modules() if "InstanceNorm" in type(module).__name__]
+    assert norms
+    assert {type(norm) for norm in norms} == {layout.InstanceNorm3d}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

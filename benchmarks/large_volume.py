@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from benchmarks.measuring import ROOT, device_name, in_own_process, table
+from common.study import bundle_command
 
 SPACING = (0.8, 0.8, 0.6)
 WHOLE = (512, 512, 600)
@@ -60,9 +60,7 @@ def measure(name: str, device: str) -> dict[str, Any]:
         torch.save({"model": parser.get_parsed_content("network_def").state_dict()}, Path(folder) / "model.pt")
         paths = {"input": f"{folder}/scan.nii", "ckpt_dir": folder, "output_dir": f"{folder}/results"}
         settings = {"patch_size": WINDOW, "device": device, **overrides, **paths}
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(config)]
-        for key, value in settings.items():
-            command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        command = bundle_command([str(config)], settings)
         began, most = time.perf_counter(), 0
         with open(Path(folder) / "log.txt", "w") as log:
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)

@@ -189,17 +189,8 @@ def report(name: str, device: str) -> str:
         ]
         for (network, variant), item in found.items()
     ]
-    titles = [
-        "",
-        "first step [s]",
-        "step [s]",
-        "times as fast",
-        "memory [MiB]",
-        "GFLOPs",
-        "of the matrix rate",
-        "weights [M]",
-    ]
-    titles += ["first loss", f"loss of step {size.steps}"]
+    titles = ["", "first step [s]", "step [s]", "times as fast", "memory [MiB]", "GFLOPs", "of the matrix rate"]
+    titles += ["weights [M]", "first loss", f"loss of step {size.steps}"]
     said = (
         f"{device_name(device)}; matrices of {str(dtype).removeprefix('torch.')} are multiplied at {rate / 1e9:.0f} "
         "GFLOP/s here."

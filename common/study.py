@@ -41,7 +41,7 @@ from .planning import make_plan, parse_memory
 from .provenance import git_state
 from .tables import machine, markdown
 
-__all__ = ["Run", "Study", "add_arguments", "main"]
+__all__ = ["Run", "Study", "add_arguments", "bundle_command", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _PARENTS = {"teacher": "teacher_path", "student": "student_path"}
@@ -82,6 +82,14 @@ class Run:
 
 def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def bundle_command(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """``python -m monai.bundle run`` with config files, later ones over earlier ones, and overrides."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(list(files))]
+    for key, value in settings.items():
+        command += [f"--{key}", _value(value)]
+    return command
 
 
 class Study:
@@ -188,22 +196,15 @@ class Study:
             settings["train#trainer#max_epochs"] = run.epochs
             files = [str(configs / "train.json"), *overlays]
             commands.append(
-                self._command(files, {**settings, "output_dir": str(folder / "train"), "ckpt_dir": str(trained)})
+                bundle_command(files, {**settings, "output_dir": str(folder / "train"), "ckpt_dir": str(trained)})
             )
         else:
             trained = self.model(run.name, seed).parent
         files = [str(configs / "train.json"), str(configs / "evaluate.json"), *overlays]
         settings.update(self.description.get("evaluate", {}))
         test = {**settings, "output_dir": str(folder / "test"), "ckpt_dir": str(trained)}
-        commands.append(self._command(files, test))
+        commands.append(bundle_command(files, test))
         return commands
-
-    @staticmethod
-    def _command(files: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(list(files))]
-        for key, value in settings.items():
-            command += [f"--{key}", _value(value)]
-        return command
 
     def execute(self, run: Run, seed: int, cores: Sequence[int] | None = None) -> None:
         """Train and evaluate, unless that was done. A training that was interrupted goes on from its checkpoint.

@@ -251,8 +251,8 @@ class DualDecoderNetwork(nn.Module):
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)
-        self.edge_cell = [math.prod(axis) for axis in zip(*self.encoder.strides[1 : regression_stage + 1], strict=True)]
-        self.edge_cell = self.edge_cell or [1] * spatial_dims
+        above = self.encoder.strides[1 : regression_stage + 1]
+        self.edge_cell = [math.prod(stride[axis] for stride in above) for axis in range(spatial_dims)]
         self.needs_edge = prior and len(attention_stages) > 0
         self.segmentation_gradient = segmentation_gradient
         if self.needs_edge and not (self.edge_classes and set(self.edge_classes) <= set(range(out_channels))):

@@ -51,20 +51,19 @@ class UncertaintyScoring(ScoringMethod):
         return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}
 
     @staticmethod
-    def _written(datastore: Datastore, name: str) -> int | None:
-        """When an image's file was; None of images elsewhere, which would have to be fetched to be asked."""
-        if not isinstance(datastore, LocalDatastore):
-            return None
-        path = Path(datastore.get_image_uri(name))
-        return path.stat().st_mtime_ns if path.exists() else None
+    def _made_with(weights: dict[str, int], datastore: Datastore, name: str) -> dict[str, int | None]:
+        """The weights, and when an image was written; None of images elsewhere, which would have to be fetched."""
+        path = Path(datastore.get_image_uri(name)) if isinstance(datastore, LocalDatastore) else None
+        return {**weights, "image": path.stat().st_mtime_ns if path is not None and path.exists() else None}
 
     def pending(self, datastore: Datastore) -> list[str]:
         """The images without a label that the present weights have not scored; none while there are no weights."""
         weights = self._weights()
-        names = datastore.get_unlabeled_images() if weights else []
-        made_with = ({**weights, "image": self._written(datastore, name)} for name in names)
-        known = (datastore.get_image_info(name).get(KEY, {}).get("made_with") for name in names)
-        return [name for name, now, then in zip(names, made_with, known, strict=True) if now != then]
+        return [
+            name
+            for name in (datastore.get_unlabeled_images() if weights else [])
+            if datastore.get_image_info(name).get(KEY, {}).get("made_with") != self._made_with(weights, datastore, name)
+        ]
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         """Score what is pending; an image that fails does not stop the others, and its reason is kept as ``error``."""
@@ -79,7 +78,7 @@ class UncertaintyScoring(ScoringMethod):
             except Exception as error:
                 found = {"error": find_bad_input(error) or f"{type(error).__name__}: {error}"}
                 logger.warning("%s is not scored: %s", name, found["error"])
-            made_with = {**weights, "image": self._written(datastore, name)}
+            made_with = self._made_with(weights, datastore, name)
             self._keep(datastore, name, {**found, "made_with": made_with, "ts": int(time.time())})
         return {"scored": len(names)}
 

@@ -142,7 +142,7 @@ def test_an_epoch_is_one_pass_over_each_loader(monkeypatch):
     assert passes == [8, 8]
 
 
-def test_all_random_transforms_of_an_item_are_seeded(monkeypatch):
+def test_all_random_transforms_of_an_item_are_seeded():
     """Inside of others, too, and those that choose among some."""
     noises = [RandGaussianNoised("image", 0.5, std=std) for std in (0.1, 1.0, 10.0)]
     nested = Compose([Loadd("image"), OneOf([Compose([noises[0]]), noises[1]]), SomeOf([noises[2]], num_transforms=1)])

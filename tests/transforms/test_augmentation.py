@@ -9,13 +9,7 @@ from monai.data import CacheDataset, MetaTensor, get_track_meta
 from monai.transforms import Compose, Lambda
 
 from common.errors import BadInput
-from common.transforms import (
-    chain,
-    crop,
-    crop_indices,
-    supervised_augmentation,
-    weak_and_strong,
-)
+from common.transforms import chain, crop, crop_indices, supervised_augmentation, weak_and_strong
 from common.transforms.sampled_augmentation import sampled_augmentation
 
 THICKNESS = {"name": "thickness", "unit": "mm", "kind": "dense", "structure": 2, "missing": -1}

@@ -32,10 +32,14 @@ from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer, precision, start
 from common.networks import save_weights, state_digest
 from common.study import ROOT
+from common.targets import dense_names
 
 SUPERVISED, LOCKED = "supervised", "dual_decoder"
 #: rows of the dual decoder, and the overlays of each
 DUAL = {LOCKED: (), "dual_decoder_end_to_end": ("ablations/from_scratch.json",)}
+#: rows that learn a number a case, from whole volumes of two windows an axis, and their GB of cached features
+WHOLE = {"dual_decoder_severity": 2.0, "dual_decoder_severity_without_cache": 0.0}
+SEVERITY = {"name": "severity", "unit": "", "kind": "mean", "structure": 1}
 PARTIAL_LABELS = ("co_training", "dodnet", "ms_kd")
 WARM_UP, STEPS = 2, 6
 
@@ -43,15 +47,15 @@ WARM_UP, STEPS = 2, 6
 def rows() -> list[str]:
     """Everything that is trained, supervised training first; no ablations, but ASE-Net's other network."""
     recipes = [recipe.name for recipe in read_recipes().values() if not recipe.is_variant]
-    return [SUPERVISED, *recipes, "ase_net_dybac", *PARTIAL_LABELS, *DUAL]
+    return [SUPERVISED, *recipes, "ase_net_dybac", *PARTIAL_LABELS, *DUAL, *WHOLE]
 
 
 def configuration(name: str, folder: Path, plan: str | None, device: str) -> ConfigParser:
     """The config that trains a row, with random weights in place of those it starts from."""
     if name == SUPERVISED:
         bundle, overlays = "teacher", ()
-    elif name in DUAL:
-        bundle, overlays = "dual_decoder", DUAL[name]
+    elif name in (*DUAL, *WHOLE):
+        bundle, overlays = "dual_decoder", DUAL.get(name, ())
     else:
         recipes = read_recipes()
         bundle = "student"
@@ -60,6 +64,8 @@ def configuration(name: str, folder: Path, plan: str | None, device: str) -> Con
     parser = ConfigParser()
     parser.read_config([str(configs / file) for file in ("train.json", *overlays)] + ([plan] if plan else []))
     parser.update({"device": device, "output_dir": str(folder), "ckpt_dir": str(folder)})
+    if name in WHOLE:
+        parser.update({"targets": [SEVERITY], "feature_cache": WHOLE[name]})
     if bundle == "student" and parser["teacher_path"] is not None:
         parser["teacher_path"] = str(folder / "teacher.pt")
         save_weights(parser.get_parsed_content("teacher_def"), parser["teacher_path"])
@@ -107,15 +113,19 @@ def crops(parser: ConfigParser, name: str, seed: int = 0) -> dict[str, dict[str,
         if name in PARTIAL_LABELS:
             case["annotated"] = [1 + organ % (organs - 1)]
             case["label"] = case["label"] * (case["label"] == case["annotated"][0])
-        for target in parser.get("targets") or ():
-            case[target["name"]] = MetaTensor(torch.rand(1, *size, generator=generator) + 1)
+        for target in dense_names(parser.get("targets") or ()):
+            case[target] = MetaTensor(torch.rand(1, *size, generator=generator) + 1)
     streams = {"labeled": labelled}
     views = {"labeled": "train#augmentation"}
     if "unlabeled" in parser["train#dataloader#streams"] and parser["train#dataloader#streams#unlabeled"] is not None:
         streams["unlabeled"] = [{"image": image()} for _ in range(count)]
         views["unlabeled"] = "train#unlabeled_augmentation"
     chains = {stream: parser.get_parsed_content(view).set_random_state(seed) for stream, view in views.items()}
-    return {stream: collate_plain([chains[stream](case) for case in cases]) for stream, cases in streams.items()}
+    batches = {stream: collate_plain([chains[stream](case) for case in cases]) for stream, cases in streams.items()}
+    if name in WHOLE:
+        volume = torch.randn(1, int(parser["channels"]), *(2 * side for side in size), generator=generator)
+        batches["case"] = {"image": volume, SEVERITY["name"]: torch.tensor([1.0])}
+    return batches
 
 
 def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:
         before = peak_memory(device, reset=True)
         method = parser.get_parsed_content("train#method")
         optimizer = parser.get_parsed_content("train#optimizer")
-        handlers = [parser.get_parsed_content("lock_in")] if name in DUAL else []
+        handlers = [parser.get_parsed_content("lock_in")] if name in (*DUAL, *WHOLE) else []
         steps = [batch] * (WARM_UP + STEPS + 1)
         trainer = SemiSupervisedTrainer(
             device, 20, steps, method, optimizer, parser["amp"], parser["gradient_clip"], train_handlers=handlers

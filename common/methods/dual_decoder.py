@@ -22,6 +22,7 @@ from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, Uncer
 from ..networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, reduce_to_case
 from ..targets import is_dense, structure_ids
 from .base import Method
+from .feature_cache import FeatureCache
 
 __all__ = ["DualDecoder"]
 
@@ -43,6 +44,8 @@ class DualDecoder(Method):
         reference: the student, frozen, when the encoder may move: its features are the ones to stay near.
         alignment: how features are compared with those of ``reference``.
         alignment_weight: weight of that comparison.
+        feature_cache: GB of main memory for what locked parts made of whole volumes, which come without augmentation:
+            from the second epoch on only the regression decoder is run on them. 0 for none.
 
     Raises:
         BadInput: when no target is given, ``reference`` without ``alignment``, or a heteroscedastic loss with a target
@@ -65,6 +68,7 @@ class DualDecoder(Method):
         reference: SegmentationNetwork | None = None,
         alignment: FeatureAlignment | None = None,
         alignment_weight: float = 0.0,
+        feature_cache: float = 0.0,
     ) -> None:
         super().__init__()
         if not targets:
@@ -94,6 +98,7 @@ class DualDecoder(Method):
         self.reference = reference
         self.alignment = alignment
         self.alignment_weight = alignment_weight
+        self.feature_cache = FeatureCache(feature_cache)
         # Numbers a case are learnt from whole volumes alone.
         self._reads_crops = (
             any(is_dense(target) for target in targets)
@@ -101,19 +106,22 @@ class DualDecoder(Method):
             or segmentation_weight > 0
             or reference is not None
         )
+        self._reads_structures = num_classes > 0 and any(map(_is_mean_of_structure, targets))
         self.freeze()
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         labeled = batch["labeled"]
         if self._reads_crops:
             features, logits, regression = self.network.forward_all(labeled["image"])
+        if not all(map(is_dense, self.targets)):
+            whole = self._read_whole(batch["case"]["image"])
         terms: dict[str, Tensor] = {}
         regressions, masks = [], []
         for index, target in enumerate(self.targets):
             if is_dense(target):
                 loss, mask = self._dense(index, target, regression, labeled)
             else:
-                loss, mask = self._case(index, target, batch)
+                loss, mask = self._case(index, target, whole, batch["case"])
             masks.append(mask)
             terms[f"regression/{target['name']}"] = loss
             regressions.append(loss)
@@ -147,27 +155,63 @@ class DualDecoder(Method):
         loss = self.regression_loss(regression[:, index : index + 1] / scale, truth / scale, mask, log_variance)
         return loss, mask
 
-    def _case(
-        self, index: int, target: Mapping[str, Any], batch: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """The error of a number a case, and which cases have one, from whole volumes read in windows as at inference.
+    def _read_whole(self, image: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Segmentation logits, where a target needs them, and regression of whole volumes, read as at inference.
 
         Activations of one window at a time are kept (the rest is recomputed in the backward pass), so memory does not
         grow with the volume.
         """
-        case = batch["case"]
+
+        def predict(window: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            network = self.network
+            if self.feature_cache.limit and isinstance(network, DualDecoderNetwork) and _is_locked(network):
+                logits, *rest = self.feature_cache(window, self._read)
+                stages = len(network.encoder.stages)
+                features, decoded, edge = rest[:stages], rest[stages : 2 * stages - 1], rest[2 * stages - 1 :]
+                read = (features, decoded, edge[0] if edge else None)
+                regression = checkpoint(network.regress, *read, use_reentrant=False)
+            else:
+                output = checkpoint(network, window, use_reentrant=False)
+                logits, regression = output[:, : self.num_classes], output[:, self.num_classes :]
+            return (logits, regression) if self._reads_structures else regression
+
+        outputs: Any = sliding_window_inference(image, self.patch_size, 1, predict, overlap=0.0)
+        return outputs if self._reads_structures else (None, outputs)
+
+    def _read(self, window: Tensor) -> list[Tensor]:
+        """What locked parts make of a window: the logits, and what the regression decoder reads."""
+        assert isinstance(self.network, DualDecoderNetwork)
+        features, logits, decoded, edge = self.network.read(window)
+        features, decoded = self.network.regression_decoder.needed(features, decoded)
+        unread = logits[0].new_empty(0)
+        return [logits[0] if self._reads_structures else unread, *features, *decoded, *([] if edge is None else [edge])]
+
+    def _case(
+        self,
+        index: int,
+        target: Mapping[str, Any],
+        whole: tuple[Tensor | None, Tensor],
+        case: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The error of a number a case, and which cases have one, from what whole volumes gave."""
+        logits, regression = whole
         truth = case[target["name"]].float().reshape(-1)
-
-        def predict(window: Tensor) -> Tensor:
-            return checkpoint(self.network, window, use_reentrant=False)
-
-        output = sliding_window_inference(case["image"], self.patch_size, 1, predict, overlap=0.0)
-        assert isinstance(output, Tensor)  # as many as the network returns
-        structure, ids = None, structure_ids(target)
-        if target["kind"] == "mean" and ids and self.num_classes:
-            structure = output[:, : self.num_classes].detach().softmax(1)[:, ids].sum(1, keepdim=True)
-        channel = self.num_classes + index
-        prediction = reduce_to_case(output[:, channel : channel + 1], target["kind"], structure)
+        structure = None
+        if logits is not None and _is_mean_of_structure(target):
+            structure = logits.detach().softmax(1)[:, structure_ids(target)].sum(1, keepdim=True)
+        prediction = reduce_to_case(regression[:, index : index + 1], target["kind"], structure)
         scale = float(target.get("scale", 1.0))
         mask = torch.isfinite(truth)
         return self.regression_loss(prediction / scale, truth / scale, mask), mask
+
+
+def _is_mean_of_structure(target: Mapping[str, Any]) -> bool:
+    return target.get("kind") == "mean" and bool(structure_ids(target))
+
+
+def _is_locked(network: DualDecoderNetwork) -> bool:
+    """Whether encoder and segmentation decoder can't change, and always say the same of the same image."""
+    return not any(
+        part.training or any(parameter.requires_grad for parameter in part.parameters())
+        for part in (network.encoder, network.segmentation_decoder)
+    )

@@ -158,6 +158,17 @@ class RegressionDecoder(Decoder):
             decoded.append(x)
         return decoded
 
+    @torch.jit.unused
+    def needed(self, features: list[Tensor], segmentation: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The first two arguments of :meth:`forward`, with empty tensors in place of those that it doesn't read."""
+        nothing = features[-1].new_empty(0)
+        unread = len(features) - 1 - len(self.stages)
+        attending = [not isinstance(attention, _NoAttention) for attention in self.attention]
+        attending += [False] * (len(segmentation) - len(attending))
+        return [nothing] * unread + features[unread:], [
+            stage if attends else nothing for stage, attends in zip(segmentation, attending, strict=True)
+        ]
+
     def measure(self, decoded: list[Tensor]) -> Tensor:
         """The outputs in the targets' units, (B, R or 2R, *spatial): values, then log-variances."""
         return self.full_resolution(decoded) * self.scale + self.shift
@@ -283,18 +294,18 @@ class DualDecoderNetwork(nn.Module):
                 decoded = self.segmentation_decoder(features)
                 return decoded, self.segmentation_decoder.logits(decoded)
 
-    def forward_all(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """For training: what the parts return.
+    def read(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+        """What encoder and segmentation decoder make of an image (B, C, *spatial).
 
         Returns:
             The encoder's features (high to low resolution), the segmentation logits of all decoder stages (high to low
-            resolution), and the regression (B, R or 2R, *spatial) in the targets' units.
+            resolution), and for :meth:`regress` the decoded features (low to high resolution) and the edges.
         """
         features = self._encode(x)
         decoded, logits = self._segment(features)
-        read, scores = decoded, logits[0]
+        scores = logits[0]
         if not self.segmentation_gradient:
-            read, scores = [stage.detach() for stage in decoded], scores.detach()
+            decoded, scores = [stage.detach() for stage in decoded], scores.detach()
         edge: Tensor | None = None
         if self.needs_edge:
             probabilities = torch.softmax(scores, dim=1)
@@ -303,7 +314,21 @@ class DualDecoderNetwork(nn.Module):
             elif max(self.edge_cell) > 1:
                 probabilities = F.avg_pool2d(probabilities, self.edge_cell)
             edge = _soft_edges(probabilities, self.edge_classes, self.edge_kernel)
-        return features, logits, self.regression_decoder.measure(self.regression_decoder(features, read, edge))
+        return features, logits, decoded, edge
+
+    def regress(self, features: list[Tensor], decoded: list[Tensor], edge: Tensor | None) -> Tensor:
+        """The regression (B, R or 2R, *spatial) in the targets' units, from what :meth:`read` gave."""
+        return self.regression_decoder.measure(self.regression_decoder(features, decoded, edge))
+
+    def forward_all(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """For training: what the parts return.
+
+        Returns:
+            The encoder's features (high to low resolution), the segmentation logits of all decoder stages (high to low
+            resolution), and the regression (B, R or 2R, *spatial) in the targets' units.
+        """
+        features, logits, decoded, edge = self.read(x)
+        return features, logits, self.regress(features, decoded, edge)
 
     def forward(self, x: Tensor) -> Tensor:
         """K segmentation logits, R regression channels, then R log-variances if heteroscedastic, in one tensor.

@@ -83,7 +83,7 @@ def make_plan(
         wide (augment in the plane across it), or None; familiar: what the images are like, by which inference knows one
         that is not, see :func:`.familiarity.familiar_ranges`. Where the first stage's kernel is 1 along an axis,
         edge_kernel is that kernel, so that attention looks for no edge from one thick slice to the next. A network too
-        shallow for the stages that the configs align and attend at (fewer than four stages) gets alignment_stages and
+        shallow for the stages that the configs name (fewer than four) gets alignment_stages, regression_stage and
         attention_stages, too.
 
     Raises:
@@ -147,6 +147,7 @@ def _plan(
     stages = len(topology.strides)
     if stages < STAGES_OF_THE_CONFIGS:
         plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
+        plan["regression_stage"] = min(1, max(stages - 2, 0))
         plan["attention_stages"] = list(range(stages - 1))[-1:]
     return plan, findings
 

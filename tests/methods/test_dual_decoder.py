@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ class Fixed(nn.Module):
 def dual(targets=(THICKNESS,), seed: int = 0, **settings) -> DualDecoderNetwork:
     torch.manual_seed(seed)
     return DualDecoderNetwork(
-        2, 1, 3, targets=targets, **LAYERS, **{"attention_stages": [0], "attention_heads": 2, **settings}
+        2, 1, 3, targets=targets, **{**LAYERS, "attention_stages": [0], "attention_heads": 2, **settings}
     )
 
 
@@ -284,3 +285,68 @@ def test_what_is_missing_is_said():
         DualDecoder(dual(), [], 3, (16, 16))
     with pytest.raises(BadInput, match="alignment"):
         DualDecoder(dual(), [THICKNESS], 3, (16, 16), reference=SegmentationNetwork(2, 1, 3, **LAYERS))
+
+
+def locked(network: DualDecoderNetwork, **settings: Any) -> DualDecoder:
+    LockIn(network, ["encoder", "segmentation_decoder"])
+    return DualDecoder(network, [VOLUME, SEVERITY], 3, (16, 16), MaskedRegression("l1"), **settings)
+
+
+def whole_volumes() -> list[dict[str, dict[str, Tensor]]]:
+    """Two cases of four windows each."""
+    images = torch.randn(2, 1, 1, 32, 32, generator=torch.Generator().manual_seed(4))
+    numbers = {"volume": torch.tensor([900.0]), "severity": torch.tensor([2.0])}
+    return [{"labeled": {}, "case": {"image": image, **numbers}} for image in images]
+
+
+@pytest.mark.parametrize("settings", [{}, {"regression_stage": 1, "attention_stages": []}, {"prior": False}])
+def test_cached_features_train_the_same_and_run_locked_parts_once(settings: dict[str, Any]) -> None:
+    shape = {"features": [4, 8, 8], "kernel_sizes": [3, 3, 3], "strides": [1, 2, 2], **settings}
+    passes, losses, weights = [], [], []
+    for size in (0.0, 1.0):
+        method = locked(dual([VOLUME, SEVERITY], **shape), feature_cache=size)
+        counted: list[int] = []
+        method.network.encoder.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
+        found = []
+        for _ in range(3):
+            for batch in whole_volumes():
+                optimizer.zero_grad()
+                loss = method(batch)["loss"]
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        losses.append(found)
+        passes.append(len(counted))
+        weights.append(method.network.regression_decoder.state_dict())
+    # Twice a window, for the backward pass runs it again, in each of three epochs; or once a window in all.
+    assert passes == [2 * 2 * 4 * 3, 2 * 4]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert abs(losses[0][4] - losses[0][0]) > 1e-3
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_feature_cache_keeps_no_more_than_it_may() -> None:
+    method = locked(dual([VOLUME, SEVERITY]), feature_cache=1.0)
+    for batch in whole_volumes():
+        method(batch)
+    half = method.feature_cache.held // 2
+    assert half > 0
+    small = locked(dual([VOLUME, SEVERITY]), feature_cache=half / 1e9)
+    counted: list[int] = []
+    small.network.encoder.register_forward_hook(lambda *_: counted.append(1))
+    for _ in range(2):
+        for batch in whole_volumes():
+            small(batch)
+    assert small.feature_cache.held == half
+    assert len(counted) == 8 + 4
+
+
+def test_features_that_may_change_are_not_cached() -> None:
+    network = dual([VOLUME, SEVERITY])
+    method = DualDecoder(network, [VOLUME, SEVERITY], 3, (16, 16), feature_cache=1.0)
+    method(whole_volumes()[0])
+    LockIn(network, ["encoder"])
+    method(whole_volumes()[0])
+    assert method.feature_cache.held == 0

@@ -289,7 +289,8 @@ def test_two_dimensional_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "stages"), [(7, [[0], []]), (12, [[0, 1], [0]]), (28, [[1, 2], [1]]), (32, [None, None])]
+    ("side", "stages"),
+    [(7, [[0], 0, []]), (12, [[0, 1], 0, [0]]), (28, [[1, 2], 1, [1]]), (32, [None, None, None])],
 )
 def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[Any], tmp_path: Path) -> None:
     """The configs' own stages are those of four and more."""
@@ -298,7 +299,7 @@ def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[
     path = tmp_path / "datalist.json"
     path.write_text(json.dumps({"labels": {"0": "background", "1": "lesion"}, "training": [entry]}))
     plan = make_plan(path)
-    assert [plan.get(key) for key in ("alignment_stages", "attention_stages")] == stages
+    assert [plan.get(key) for key in ("alignment_stages", "regression_stage", "attention_stages")] == stages
 
 
 def run(*arguments: str) -> int:

@@ -1,0 +1,45 @@
+"""What the locked parts of a network made of windows that come again in every epoch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FeatureCache"]
+
+
+class FeatureCache:
+    """Keeps what was computed of a window, in main memory, until it is full; the rest is computed anew each time.
+
+    A window is known by its content, so an augmented one is never taken for another. Nothing makes room for something
+    newer: all windows come once an epoch, so what was kept last is not what is needed next.
+
+    Args:
+        gigabytes: how much to keep.
+    """
+
+    def __init__(self, gigabytes: float) -> None:
+        self.limit = int(gigabytes * 1e9)
+        self.held = 0
+        self._kept: dict[bytes, list[Tensor]] = {}
+
+    def __call__(self, window: Tensor, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """``compute(window)``, without gradients, on the window's device."""
+        key = _digest(window)
+        if key in self._kept:
+            return [tensor.to(window.device) for tensor in self._kept[key]]
+        with torch.no_grad():
+            tensors = compute(window)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self.held + size <= self.limit:
+            self.held += size
+            self._kept[key] = [tensor.cpu() for tensor in tensors]
+        return tensors
+
+
+def _digest(window: Tensor) -> bytes:
+    content = window.detach().cpu().numpy().tobytes()
+    return hashlib.blake2b(repr(window.shape).encode() + content).digest()

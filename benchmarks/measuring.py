@@ -13,10 +13,20 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from torch.profiler import profile
 
 from common.tables import machine
 
-__all__ = ["device_name", "fastest", "in_own_process", "matrix_rate", "peak_memory", "table", "time_steps"]
+__all__ = [
+    "convolution_share",
+    "device_name",
+    "fastest",
+    "in_own_process",
+    "matrix_rate",
+    "peak_memory",
+    "table",
+    "time_steps",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,6 +92,14 @@ def matrix_rate(dtype: torch.dtype, device: str | torch.device, size: int | None
     size = size or (8192 if torch.device(device).type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / fastest(lambda: left @ right, device, repeats=5, warm_up=2)
+
+
+def convolution_share(profiler: profile) -> float:
+    """The share of the profiled time that convolutions took, backward included; the device's time on a GPU."""
+    operations = profiler.key_averages()
+    on_device = any(operation.self_device_time_total for operation in operations)
+    times = {o.key: o.self_device_time_total if on_device else o.self_cpu_time_total for o in operations}
+    return sum(time for name, time in times.items() if "conv" in name) / sum(times.values())
 
 
 def device_name(device: str | torch.device) -> str:

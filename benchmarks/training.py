@@ -24,9 +24,18 @@ import torch
 from ignite.engine import Events
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, table, time_steps
+from benchmarks.measuring import (
+    convolution_share,
+    device_name,
+    in_own_process,
+    matrix_rate,
+    peak_memory,
+    table,
+    time_steps,
+)
 from common.compare import read_recipes
 from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer, precision, start
@@ -138,21 +147,25 @@ def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:
         method = parser.get_parsed_content("train#method")
         optimizer = parser.get_parsed_content("train#optimizer")
         handlers = [parser.get_parsed_content("lock_in")] if name in (*DUAL, *WHOLE) else []
-        steps = [batch] * (WARM_UP + STEPS + 1)
+        steps = [batch] * (WARM_UP + STEPS + 2)
         trainer = SemiSupervisedTrainer(
             device, 20, steps, method, optimizer, parser["amp"], parser["gradient_clip"], train_handlers=handlers
         )
         trainer.state.epoch, trainer.state.iteration = 19, 19 * len(steps)
-        seconds, counter = time_steps(trainer, device), FlopCounterMode(display=False)
-        # The last step only counts.
-        trainer.add_event_handler(Events.ITERATION_STARTED(once=20 * len(steps)), counter.__enter__)
+        seconds, counter, profiler = time_steps(trainer, device), FlopCounterMode(display=False), profile()
+        # The last step but one is profiled, the last one only counts.
+        last = 20 * len(steps)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=last - 1), profiler.__enter__)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=last - 1), profiler.__exit__, None, None, None)
+        trainer.add_event_handler(Events.ITERATION_STARTED(once=last), counter.__enter__)
         try:
             trainer.run()
         finally:
             counter.__exit__(None, None, None)
         network = method.deployed
         return {
-            "seconds": statistics.median(seconds[WARM_UP:-1]),
+            "seconds": statistics.median(seconds[WARM_UP:-2]),
+            "convolutions": convolution_share(profiler),
             "bytes": peak_memory(device) - before,
             "flops": counter.get_total_flops(),
             "trained": sum(p.numel() for p in method.trainable_parameters()),
@@ -185,11 +198,13 @@ def report(names: Sequence[str], plan: str | None, device: str) -> str:
             f"{item['bytes'] / base['bytes']:.2f}",
             f"{item['flops'] / 1e9:.1f}",
             f"{item['flops'] / item['seconds'] / rate:.0%}",
+            f"{item['convolutions']:.0%}",
             f"{item['trained'] / 1e6:.2f}",
         ]
         for name, item in found.items()
     ]
-    titles = ["", "step [s]", "ratio", "memory [MiB]", "ratio", "GFLOPs", "of the matrix rate", "trained weights [M]"]
+    titles = ["", "step [s]", "ratio", "memory [MiB]", "ratio", "GFLOPs", "of the matrix rate", "in convolutions"]
+    titles += ["trained weights [M]"]
     return "\n".join([*lines, table(titles, cells)])
 
 

@@ -53,7 +53,7 @@ def _regression() -> nn.Module:
     return RegressionNetwork(3, 1, **SHAPE, targets=TARGETS)
 
 
-def _dual(stages: Sequence[int] = (2,), width: float = 1.0, last_stage: int = 1) -> nn.Module:
+def _dual(stages: Sequence[int] = (2,), width: float = 1.0, last_stage: int = 0) -> nn.Module:
     return DualDecoderNetwork(
         *(3, 1, 3),
         **SHAPE,
@@ -86,9 +86,10 @@ TABLES = {
         "regression network": Row((_regression,), CHEST, SMALL),
         "dual decoder": Row((_dual,), CHEST, SMALL),
         "- no attention": Row((partial(_dual, []),), CHEST, SMALL),
-        "- half the channels in the regression decoder": Row((partial(_dual, [2], 0.5),), CHEST, SMALL),
         "- attention at stage 1, too": Row((partial(_dual, [1, 2]),), CHEST, SMALL),
-        "- and regression at full resolution": Row((partial(_dual, [1, 2], 1.0, 0),), CHEST, SMALL),
+        "- half the channels in the regression decoder": Row((partial(_dual, [2], 0.5),), CHEST, SMALL),
+        "- regression at half resolution": Row((partial(_dual, [2], 1.0, 1),), CHEST, SMALL),
+        "- and half the channels in the regression decoder": Row((partial(_dual, [2], 0.5, 1),), CHEST, SMALL),
     },
 }
 

@@ -198,8 +198,8 @@ class DualDecoderNetwork(nn.Module):
             holds one of these a stage, such as ``[[4, 4, 4], None]``.
         prior: whether attention is drawn to the structures' edges.
         edge_classes: classes whose edges count. None is all but the background.
-        edge_kernel: odd size of the pooling that finds edges, an integer or one an axis, in voxels of the regression
-            decoder's resolution.
+        edge_kernel: odd size of the pooling that finds edges, an integer or one an axis, in voxels of the stage above
+            the finest one with attention.
         heteroscedastic: whether each target also gets a log-variance channel.
         convolutions_per_stage: convolution blocks in a stage.
         dropout: probability of dropping a channel after a convolution.
@@ -262,7 +262,8 @@ class DualDecoderNetwork(nn.Module):
         )
         self.edge_classes = list(range(1, out_channels)) if edge_classes is None else list(edge_classes)
         self.edge_kernel = _check_kernel(edge_kernel, spatial_dims)
-        above = self.encoder.strides[1 : regression_stage + 1]
+        # Edges are found at twice the resolution of the finest stage that attends: fine enough for its grid.
+        above = self.encoder.strides[1 : min(attention_stages, default=0)]
         self.edge_cell = [math.prod(stride[axis] for stride in above) for axis in range(spatial_dims)]
         self.needs_edge = prior and len(attention_stages) > 0
         self.segmentation_gradient = segmentation_gradient

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..data.datalist import read_datalist
+from ..data.units import LENGTHS
 from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import is_dense
@@ -39,6 +40,8 @@ __all__ = ["add_arguments", "main", "make_plan"]
 
 STAGES_OF_THE_CONFIGS = 4
 SHARE_THAT_IS_CROPPED = 0.75
+#: of what is measured, in voxels of half the resolution; docs/results.md has what that costs walls of 3.1 and of 0.6
+HALF_RESOLUTION_VOXELS = 3
 
 
 def _intensity(findings: Findings) -> dict[str, Any] | list[dict[str, Any]]:
@@ -83,8 +86,8 @@ def make_plan(
         wide (augment in the plane across it), or None; familiar: what the images are like, by which inference knows one
         that is not, see :func:`.familiarity.familiar_ranges`. Where the first stage's kernel is 1 along an axis,
         edge_kernel is that kernel, so that attention looks for no edge from one thick slice to the next. A network too
-        shallow for the stages that the configs name (fewer than four) gets alignment_stages, regression_stage and
-        attention_stages, too.
+        shallow for the stages that the configs name (fewer than four) gets alignment_stages and attention_stages, too.
+        Where all that is measured are lengths of several voxels, regression_stage is 1.
 
     Raises:
         BadInput: there are no training cases, a file can't be read, files disagree, most are single slices in three
@@ -147,9 +150,21 @@ def _plan(
     stages = len(topology.strides)
     if stages < STAGES_OF_THE_CONFIGS:
         plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
-        plan["regression_stage"] = min(1, max(stages - 2, 0))
         plan["attention_stages"] = list(range(stages - 1))[-1:]
+    if _measures_thick_structures(findings.targets, plan["spacing"], plan["strides"]):
+        plan["regression_stage"] = 1
     return plan, findings
+
+
+def _measures_thick_structures(
+    targets: Sequence[Mapping[str, Any]], spacing: Sequence[float], strides: Sequence[Sequence[int]]
+) -> bool:
+    """Whether half the resolution is enough for what is measured: lengths of typically three voxels there, or more."""
+    lengths = [target["scale"] * LENGTHS.get(target.get("unit", ""), 0.0) for target in targets if is_dense(target)]
+    if not targets or len(lengths) < len(targets) or len(strides) < 3:
+        return False
+    voxel = max(size * stride for size, stride in zip(spacing, strides[1], strict=True) if stride > 1)
+    return min(lengths) >= HALF_RESOLUTION_VOXELS * voxel
 
 
 def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) -> str:
@@ -196,6 +211,10 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
         lines.append(
             f"target {target['name']}: {target['kind']}, {unit}, structure {target.get('structure', 'whole image')}, "
             f"scale {target['scale']:g}; {_values(target, findings)}"
+        )
+    if "regression_stage" in plan:
+        lines.append(
+            f"regression at half resolution, which is faster: scales are {HALF_RESOLUTION_VOXELS} of its voxels or more"
         )
     return "\n".join(lines)
 

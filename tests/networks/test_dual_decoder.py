@@ -267,33 +267,37 @@ def test_a_coarser_regression_decoder_is_interpolated(shape):
     assert all(p.grad is not None for p in decoder.parameters())
 
 
-def test_edges_for_a_coarser_decoder_are_those_of_its_own_voxels(monkeypatch):
-    """A wall that is one fine voxel thick is half of a coarse one."""
+DEEP = {**FLAT, "features": [4, 6, 8, 8], "kernel_sizes": [3] * 4, "strides": [1, 2, 2, 2]}
+
+
+def test_edges_are_found_at_twice_the_resolution_of_the_attention(monkeypatch):
+    """A wall that is one fine voxel thick is half of a voxel of half the resolution."""
     seen = []
     monkeypatch.setattr(
-        "common.networks.dual_decoder._soft_edges", lambda *given: seen.append(given) or torch.zeros(1, 1, 4, 4)
+        "common.networks.dual_decoder._soft_edges", lambda *given: seen.append(given) or torch.zeros(1, 1, 8, 8)
     )
-    network = dual(FLAT, regression_stage=1, attention_stages=[1], attention_window=None)
-    scores = torch.full((1, 3, 8, 8), -20.0)
+    network = dual(DEEP, attention_stages=[2], attention_window=None)
+    scores = torch.full((1, 3, 16, 16), -20.0)
     scores[:, 0] = 20
     scores[:, :, 3] = torch.tensor([-20.0, -20.0, 20.0])[:, None]
     monkeypatch.setattr(network.segmentation_decoder, "full_resolution", lambda decoded: scores)
-    network(image(FLAT, batch=1))
+    network(torch.randn(1, 1, 16, 16))
     [(probabilities, classes, kernel)] = seen
     assert classes == [1, 2]
     assert kernel == [3, 3]
-    assert probabilities.shape == (1, 3, 4, 4)
-    assert torch.allclose(probabilities[0, 2], torch.tensor([0.0, 0.5, 0.0, 0.0])[:, None].expand(4, 4))
+    assert probabilities.shape == (1, 3, 8, 8)
+    expected = torch.zeros(8)
+    expected[1] = 0.5
+    assert torch.allclose(probabilities[0, 2], expected[:, None].expand(8, 8))
 
 
-@pytest.mark.parametrize(("first", "stage", "cell"), [(1, 0, [1, 1]), (2, 0, [1, 1]), (1, 1, [2, 2]), (2, 1, [2, 2])])
-def test_the_voxels_of_edges_are_the_first_stages_unless_the_decoder_is_coarser(first, stage, cell):
-    network = dual(
-        {**FLAT, "strides": [first, 2, 2]}, regression_stage=stage, attention_stages=[1], attention_window=None
-    )
-    assert network.edge_cell == cell
-    x = torch.randn(1, 1, 16, 16)
-    assert network(x).shape == (1, 5, 16, 16)
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize(("stages", "cell"), [([], 1), ([0], 1), ([1, 2], 1), ([2], 2)])
+def test_the_voxels_of_edges_are_those_of_the_stage_above_the_finest_attention(first, stages, cell):
+    network = dual({**DEEP, "strides": [first, 2, 2, 2]}, attention_stages=stages, attention_window=None)
+    assert network.edge_cell == [cell, cell]
+    x = torch.randn(1, 1, 32, 32)
+    assert network(x).shape == (1, 5, 32, 32)
     assert torch.equal(torch.jit.script(network)(x), network(x))
 
 

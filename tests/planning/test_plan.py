@@ -289,8 +289,7 @@ def test_two_dimensional_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("side", "stages"),
-    [(7, [[0], 0, []]), (12, [[0, 1], 0, [0]]), (28, [[1, 2], 1, [1]]), (32, [None, None, None])],
+    ("side", "stages"), [(7, [[0], []]), (12, [[0, 1], [0]]), (28, [[1, 2], [1]]), (32, [None, None])]
 )
 def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[Any], tmp_path: Path) -> None:
     """The configs' own stages are those of four and more."""
@@ -299,7 +298,35 @@ def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[
     path = tmp_path / "datalist.json"
     path.write_text(json.dumps({"labels": {"0": "background", "1": "lesion"}, "training": [entry]}))
     plan = make_plan(path)
-    assert [plan.get(key) for key in ("alignment_stages", "regression_stage", "attention_stages")] == stages
+    assert [plan.get(key) for key in ("alignment_stages", "attention_stages")] == stages
+
+
+@pytest.mark.parametrize(
+    ("targets", "stage"),
+    [
+        ([{"unit": "mm", "scale": 12}], 1),
+        ([{"unit": "mm", "scale": 11.9}], None),
+        ([{"unit": "cm", "scale": 1.2}], 1),
+        ([{"unit": "HU", "scale": 12}], None),
+        ([{"unit": "mm", "scale": 12}, {"unit": "mm", "scale": 2}], None),
+        ([{"unit": "mm", "scale": 12}, {"unit": "mL", "kind": "sum", "scale": 12}], None),
+        ([], None),
+    ],
+)
+def test_thick_structures_are_measured_at_half_resolution(
+    targets: list[dict[str, Any]], stage: int | None, tmp_path: Path
+) -> None:
+    """Voxels of 2 mm, of half the resolution 4 mm: three of them are 12 mm."""
+    label = np.ones((32, 32), np.uint8)
+    entry: dict[str, Any] = {
+        key: write(tmp_path / f"files/{key}.nii.gz", label, np.diag([2.0, 2.0, 1.0, 1.0])) for key in ("image", "label")
+    }
+    described = [{"name": f"target{number}", **target} for number, target in enumerate(targets)]
+    entry |= {target["name"]: 12.0 if target.get("kind") else entry["label"] for target in described}
+    path = tmp_path / "datalist.json"
+    labels = {"0": "background", "1": "lesion"}
+    path.write_text(json.dumps({"labels": labels, "targets": described, "training": [entry]}))
+    assert make_plan(path).get("regression_stage") == stage
 
 
 def run(*arguments: str) -> int:

@@ -102,7 +102,7 @@ def measure(row: Row, device: str) -> dict[str, Any]:
     inferer = SlidingWindow(**row.windows)
     before = peak_memory(device, reset=True)
     volume = torch.randn(1, 1, *row.volume)
-    seconds = fastest(lambda: [inferer(volume, network) for network in networks], device, repeats=2)
+    seconds = fastest(lambda: [inferer(volume, network) for network in networks], device, repeats=4)
     return {
         "seconds": seconds,
         "bytes": peak_memory(device) - before,

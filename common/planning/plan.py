@@ -87,7 +87,7 @@ def make_plan(
         that is not, see :func:`.familiarity.familiar_ranges`. Where the first stage's kernel is 1 along an axis,
         edge_kernel is that kernel, so that attention looks for no edge from one thick slice to the next. A network too
         shallow for the stages that the configs name (fewer than four) gets alignment_stages and attention_stages, too.
-        Where all that is measured are lengths of several voxels, regression_stage is 1.
+        Where all that is measured are lengths of several voxels, regression_stage is 1 and regression_width a half.
 
     Raises:
         BadInput: there are no training cases, a file can't be read, files disagree, most are single slices in three
@@ -152,7 +152,7 @@ def _plan(
         plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
         plan["attention_stages"] = list(range(stages - 1))[-1:]
     if _measures_thick_structures(findings.targets, plan["spacing"], plan["strides"]):
-        plan["regression_stage"] = 1
+        plan |= {"regression_stage": 1, "regression_width": 0.5}
     return plan, findings
 
 
@@ -214,7 +214,8 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
         )
     if "regression_stage" in plan:
         lines.append(
-            f"regression at half resolution, which is faster: scales are {HALF_RESOLUTION_VOXELS} of its voxels or more"
+            f"regression at half resolution with half the channels, which is faster: what is measured is typically "
+            f"{HALF_RESOLUTION_VOXELS} of its voxels or more"
         )
     return "\n".join(lines)
 

@@ -326,7 +326,8 @@ def test_thick_structures_are_measured_at_half_resolution(
     path = tmp_path / "datalist.json"
     labels = {"0": "background", "1": "lesion"}
     path.write_text(json.dumps({"labels": labels, "targets": described, "training": [entry]}))
-    assert make_plan(path).get("regression_stage") == stage
+    plan = make_plan(path)
+    assert (plan.get("regression_stage"), plan.get("regression_width")) == (stage, stage and 0.5)
 
 
 def run(*arguments: str) -> int:

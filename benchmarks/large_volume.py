@@ -30,7 +30,6 @@ WHOLE = (512, 512, 600)
 ROWS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any]]] = {
     "segmentation": ("teacher", WHOLE, {}),
     "segmentation and thickness": ("dual_decoder", WHOLE, {}),
-    "- at the file's own spacing": ("dual_decoder", WHOLE, {"spacing": list(SPACING)}),
     "- of an eighth of the voxels": ("dual_decoder", (256, 256, 300), {}),
 }
 WINDOW = [96, 96, 96]

@@ -151,7 +151,7 @@ def _plan(
     if stages < STAGES_OF_THE_CONFIGS:
         plan["alignment_stages"] = list(range(max(stages - 2, 0), stages))
         plan["attention_stages"] = list(range(stages - 1))[-1:]
-    if _measures_thick_structures(findings.targets, plan["spacing"], plan["strides"]):
+    if _measures_thick_structures(findings.targets, target_spacing.tolist(), topology.strides):
         plan |= {"regression_stage": 1, "regression_width": 0.5}
     return plan, findings
 

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset
-from monai.transforms import Invertd, RandGaussianNoised
+from monai.data import CacheDataset, MetaTensor
+from monai.transforms import Invertd, RandGaussianNoised, SpatialResample
 
 from common.errors import BadInput
 from common.transforms import air, chain, preprocessing
+from common.transforms.preprocessing import Spacingd
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
 TARGETS = [
@@ -206,3 +209,32 @@ def test_chain_is_flat_so_that_the_deterministic_part_is_cached(case):
     assert isinstance(transform.transforms[-1], RandGaussianNoised)
     dataset = CacheDataset([case], transform, progress=False)
     assert isinstance(dataset._cache[0]["image"], torch.Tensor)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_going_back_in_slabs_is_going_back(dims: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a whole the sampling grid of a large volume takes several times its memory."""
+    affine = np.eye(dims + 1)
+    affine[:2, :2] = [[1.4, 0.3], [-0.2, 1.7]]
+    affine[0, -1] = 11.0
+    image = MetaTensor(torch.rand(1, *(23, 17, 9)[:dims]), affine, meta={"filename_or_obj": "scan.nii"})
+    spacing = Spacingd("image", pixdim=(0.9, 2.5, 1.3)[:dims], mode="bilinear", dtype=np.float32)
+    done = spacing({"image": image})["image"]
+    whole = spacing.inverse({"image": done.clone()})["image"]
+    module = sys.modules["common.transforms.preprocessing"]
+    monkeypatch.setattr(module, "VOXELS_RESAMPLED_AT_ONCE", 5 * 17 * 9 ** (dims - 2))
+    sizes = []
+    resample = SpatialResample.__call__
+
+    def spy(self: SpatialResample, image: MetaTensor, affine: Any, size: Any, **settings: Any) -> MetaTensor:
+        sizes.append(list(size))
+        return resample(self, image, affine, size, **settings)
+
+    monkeypatch.setattr(SpatialResample, "__call__", spy)
+    slabs = spacing.inverse({"image": done.clone()})["image"]
+    assert [size[0] for size in sizes] == [5, 5, 5, 5, 3]
+    torch.testing.assert_close(slabs.as_tensor(), whole.as_tensor(), rtol=1e-5, atol=1e-5)
+    assert slabs.shape == image.shape
+    assert torch.allclose(slabs.affine, whole.affine, atol=1e-12)
+    assert slabs.applied_operations == whole.applied_operations == []
+    assert slabs.meta["filename_or_obj"] == "scan.nii"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from common.tables import machine
@@ -96,7 +97,8 @@ def matrix_rate(dtype: torch.dtype, device: str | torch.device, size: int | None
 
 def convolution_share(profiler: profile) -> float:
     """The share of the profiled time that convolutions took, backward included; the device's time on a GPU."""
-    operations = profiler.key_averages()
+    # A GPU's kernels are events of their own, too, which would count their time twice.
+    operations = [operation for operation in profiler.key_averages() if operation.device_type == DeviceType.CPU]
     on_device = any(operation.self_device_time_total for operation in operations)
     times = {o.key: o.self_device_time_total if on_device else o.self_cpu_time_total for o in operations}
     return sum(time for name, time in times.items() if "conv" in name) / sum(times.values())

@@ -40,6 +40,7 @@ def test_a_step_of_everything_that_is_trained(name: str, plan: str) -> None:
     assert found["crop"] == [2, *PLAN["patch_size"]]
     assert found["seconds"] > 0
     assert found["flops"] > 0
+    assert 0 < found["convolutions"] < 1
     if name == "dual_decoder":
         assert found["trained"] < found["parameters"], "encoder and segmentation decoder are locked"
     if name == "bcp":
@@ -57,14 +58,14 @@ def test_rows_are_set_beside_supervised_training(monkeypatch: pytest.MonkeyPatch
 
     def measured(section: str, arguments: list[str]) -> dict[str, Any]:
         cost = costs[arguments[arguments.index("--one") + 1]]
-        sizes = {"flops": 2e9 * cost, "trained": 5e6, "parameters": 5e6, "crop": [2, 8, 8, 8]}
+        sizes = {"flops": 2e9 * cost, "trained": 5e6, "parameters": 5e6, "crop": [2, 8, 8, 8], "convolutions": 0.5}
         return {"seconds": 0.5 * cost, "bytes": cost * 2**20, **sizes}
 
     monkeypatch.setattr(training, "in_own_process", measured)
     monkeypatch.setattr(training, "matrix_rate", lambda dtype, device: 4e10)
     text = training.report(["supervised", "ua_mt"], None, "cpu")
     assert "2 labelled crops of 8 x 8 x 8" in text
-    assert "| ua_mt | 1.500 | 3.00 | 3 | 3.00 | 6.0 | 10% | 5.00 |" in text
+    assert "| ua_mt | 1.500 | 3.00 | 3 | 3.00 | 6.0 | 10% | 50% | 5.00 |" in text
 
 
 def test_every_variant_of_the_loop_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

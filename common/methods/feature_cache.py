@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 __all__ = ["FeatureCache"]
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureCache:
@@ -25,6 +28,7 @@ class FeatureCache:
         self.limit = int(gigabytes * 1e9)
         self.held = 0
         self._kept: dict[bytes, list[Tensor]] = {}
+        self._is_full = False
 
     def __call__(self, window: Tensor, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """``compute(window)``, without gradients, on the window's device."""
@@ -37,6 +41,9 @@ class FeatureCache:
         if self.held + size <= self.limit:
             self.held += size
             self._kept[key] = [tensor.cpu() for tensor in tensors]
+        elif not self._is_full:
+            self._is_full = True
+            logger.info("Feature cache: %.3g GB are full; the rest is computed in each epoch", self.limit / 1e9)
         return tensors
 
 

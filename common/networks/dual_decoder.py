@@ -225,7 +225,7 @@ class DualDecoderNetwork(nn.Module):
         kernel_sizes: Sequence[PerAxis],
         strides: Sequence[PerAxis],
         targets: Sequence[Mapping[str, Any]],
-        attention_stages: Sequence[int] = (1, 2),
+        attention_stages: Sequence[int] = (2,),
         attention_heads: int = 4,
         attention_window: PerAxis | Sequence[PerAxis | None] | None = None,
         prior: bool = True,

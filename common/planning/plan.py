@@ -40,8 +40,8 @@ __all__ = ["add_arguments", "main", "make_plan"]
 
 STAGES_OF_THE_CONFIGS = 4
 SHARE_THAT_IS_CROPPED = 0.75
-#: of what is measured, in voxels of half the resolution; docs/results.md has what that costs walls of 3.1 and of 0.6
-HALF_RESOLUTION_VOXELS = 3
+#: of what is measured, in voxels of half the resolution; docs/results.md has what that costs walls of 4.1 and of 0.6
+HALF_RESOLUTION_VOXELS = 4
 
 
 def _intensity(findings: Findings) -> dict[str, Any] | list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def _plan(
 def _measures_thick_structures(
     targets: Sequence[Mapping[str, Any]], spacing: Sequence[float], strides: Sequence[Sequence[int]]
 ) -> bool:
-    """Whether half the resolution is enough for what is measured: lengths of typically three voxels there, or more."""
+    """Whether half the resolution is enough for what is measured: lengths of typically four voxels there, or more."""
     lengths = [target["scale"] * LENGTHS.get(target.get("unit", ""), 0.0) for target in targets if is_dense(target)]
     if not targets or len(lengths) < len(targets) or len(strides) < 3:
         return False
@@ -212,6 +212,11 @@ def _explain(findings: Findings, plan: Mapping[str, Any], memory: float | None) 
             f"target {target['name']}: {target['kind']}, {unit}, structure {target.get('structure', 'whole image')}, "
             f"scale {target['scale']:g}; {_values(target, findings)}"
         )
+        if is_dense(target) and not target.get("unit"):
+            lines.append(
+                f"target {target['name']}: if it is a length, name its unit in the datalist's `targets`; where it is "
+                f"{HALF_RESOLUTION_VOXELS} voxels of half the resolution or more, a faster decoder is enough"
+            )
     if "regression_stage" in plan:
         lines.append(
             f"regression at half resolution with half the channels, which is faster: what is measured is typically "

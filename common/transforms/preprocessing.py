@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import AFFINE_TOL
 from monai.transforms import (
     Compose,
     EnsureTyped,
@@ -181,16 +182,16 @@ def preprocessing(
 
 def _resample_back(resample: SpatialResample, image: MetaTensor) -> torch.Tensor:
     """What ``resample.inverse`` gives, in slabs: the sampling grid takes seven times the memory of what it samples."""
-    size = [int(length) for length in image.applied_operations[-1][TraceKeys.ORIG_SIZE]]
-    thickness = max(1, VOXELS_RESAMPLED_AT_ONCE // math.prod(size[1:]))
-    if thickness >= size[0]:
-        return resample.inverse(image)
-    operation = resample.pop_transform(image)
+    operation = image.applied_operations[-1]
     settings = dict(operation[TraceKeys.EXTRA_INFO])
     affine = torch.as_tensor(settings.pop("src_affine"), dtype=torch.float64)
+    size = [int(length) for length in operation[TraceKeys.ORIG_SIZE]]
+    thickness = max(1, VOXELS_RESAMPLED_AT_ONCE // math.prod(size[1:]))
+    unchanged = list(image.shape[1:]) == size and torch.allclose(image.affine, affine, atol=AFFINE_TOL)
+    if thickness >= size[0] or unchanged or settings["align_corners"] is not False:
+        return resample.inverse(image)
+    resample.pop_transform(image)
     settings["dtype"] = get_torch_dtype_from_string(settings["dtype"])
-    if settings["align_corners"] == TraceKeys.NONE:
-        settings["align_corners"] = False
     restored = torch.empty(len(image), *size)
     with resample.trace_transform(False):
         for start in range(0, size[0], thickness):

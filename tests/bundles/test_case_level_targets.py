@@ -18,6 +18,8 @@ TARGETS = [
     {"name": "severity", "unit": "", "kind": "mean", "structure": [1, 2], "scale": 2.0},
 ]
 
+LIGHT = {"regression_stage": 1, "regression_width": 0.5}
+
 
 @pytest.fixture(scope="module")
 def datalist(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,13 +41,18 @@ def datalist(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_cached_features_train_what_uncached_ones_do_and_inference_gives_the_numbers(
+def test_cached_features_of_a_light_decoder_train_what_uncached_ones_do_and_inference_gives_the_numbers(
     datalist: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
 ) -> None:
     weights = []
     for gigabytes in (0.0, 2.0):
         folder = tmp_path / str(gigabytes)
-        settings: dict[str, Any] = {**chain.settings("dual_decoder"), "datalist": str(datalist), "targets": TARGETS}
+        settings: dict[str, Any] = {
+            **chain.settings("dual_decoder"),
+            "datalist": str(datalist),
+            "targets": TARGETS,
+            **LIGHT,
+        }
         places = {"output_dir": str(folder / "train"), "ckpt_dir": str(folder / "models")}
         workflow("dual_decoder", **{**settings, **places, "feature_cache": gigabytes})
         weights.append(torch.load(folder / "models" / "model.pt", weights_only=True)["model"])
@@ -59,6 +66,7 @@ def test_cached_features_train_what_uncached_ones_do_and_inference_gives_the_num
         "dual_decoder",
         names=("inference.json",),
         targets=TARGETS,
+        **LIGHT,
         input=str(scan),
         ckpt_dir=str(tmp_path / "2.0" / "models"),
         output_dir=str(tmp_path / "results"),

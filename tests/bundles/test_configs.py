@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_one_network_one_preprocessing_one_inferer(bundle: str) -> None:
         for key in ("output_dir", "mask", "preprocessing", "segments", "warn"):
             arguments.pop(key, None)
     assert post[0] == post[1]
-    for key in PLANNED:
+    for key in {*PLANNED, *re.findall(r"@(\w+)", json.dumps(train["network_def"]))}:
         assert train[key] == inference[key], key
 
 

@@ -350,3 +350,19 @@ def test_features_that_may_change_are_not_cached() -> None:
     LockIn(network, ["encoder"])
     method(whole_volumes()[0])
     assert method.feature_cache.held == 0
+    # Without gradients, but in training mode, where dropout would draw anew.
+    for part in (network.encoder, network.segmentation_decoder):
+        part.requires_grad_(False)
+    method(whole_volumes()[0])
+    assert method.feature_cache.held == 0
+
+
+def test_only_what_the_regression_reads_is_kept() -> None:
+    """Of a window of 16 x 16: the first of stages of 4, 8 and 8 channels is not read, nor are logits for a sum."""
+    shape = {"features": [4, 8, 8], "kernel_sizes": [3, 3, 3], "strides": [1, 2, 2], "targets": [VOLUME]}
+    network = dual(**shape, regression_stage=1, attention_stages=[1])
+    LockIn(network, ["encoder", "segmentation_decoder"])
+    method = DualDecoder(network, [VOLUME], 3, (16, 16), feature_cache=1.0)
+    method({"labeled": {}, "case": {"image": torch.randn(1, 1, 16, 16), "volume": torch.tensor([9.0])}})
+    encoder, attended, edge = 8 * 8 * 8 + 8 * 4 * 4, 8 * 8 * 8, 16 * 16
+    assert method.feature_cache.held == 4 * (encoder + attended + edge)

@@ -302,25 +302,30 @@ def test_shallow_networks_say_where_to_align_and_attend(side: int, stages: list[
 
 
 @pytest.mark.parametrize(
-    ("targets", "stage"),
+    ("targets", "shape", "stage"),
     [
-        ([{"unit": "mm", "scale": 12}], 1),
-        ([{"unit": "mm", "scale": 11.9}], None),
-        ([{"unit": "cm", "scale": 1.2}], 1),
-        ([{"unit": "HU", "scale": 12}], None),
-        ([{"unit": "mm", "scale": 12}, {"unit": "mm", "scale": 2}], None),
-        ([{"unit": "mm", "scale": 12}, {"unit": "mL", "kind": "sum", "scale": 12}], None),
-        ([], None),
+        ([{"unit": "mm", "scale": 16}], (32, 32), 1),
+        ([{"unit": "mm", "scale": 15.9}], (32, 32), None),
+        ([{"unit": "cm", "scale": 1.6}], (32, 32), 1),
+        ([{"unit": "", "scale": 16}], (32, 32), None),
+        ([{"unit": "HU", "scale": 16}], (32, 32), None),
+        ([{"unit": "mm", "scale": 16}, {"unit": "mm", "scale": 2}], (32, 32), None),
+        ([{"unit": "mm", "scale": 16}, {"unit": "mL", "kind": "sum", "scale": 16}], (32, 32), None),
+        ([], (32, 32), None),
+        # A network of two stages has no half resolution to end at.
+        ([{"unit": "mm", "scale": 16}], (12, 12), None),
+        # Slices of 10 mm aren't halved; of the two axes that are the coarser one counts, 3 mm and so 6 mm.
+        ([{"unit": "mm", "scale": 24}], (32, 32, 8), 1),
+        ([{"unit": "mm", "scale": 23.9}], (32, 32, 8), None),
     ],
 )
 def test_thick_structures_are_measured_at_half_resolution(
-    targets: list[dict[str, Any]], stage: int | None, tmp_path: Path
+    targets: list[dict[str, Any]], shape: tuple[int, ...], stage: int | None, tmp_path: Path
 ) -> None:
-    """Voxels of 2 mm, of half the resolution 4 mm: three of them are 12 mm."""
-    label = np.ones((32, 32), np.uint8)
-    entry: dict[str, Any] = {
-        key: write(tmp_path / f"files/{key}.nii.gz", label, np.diag([2.0, 2.0, 1.0, 1.0])) for key in ("image", "label")
-    }
+    """Voxels of 2 mm, of half the resolution 4 mm: four of them are 16 mm."""
+    label = np.ones(shape, np.uint8)
+    affine = np.diag([2.0, 2.0, 1.0, 1.0] if len(shape) == 2 else [2.0, 3.0, 10.0, 1.0])
+    entry: dict[str, Any] = {key: write(tmp_path / f"files/{key}.nii.gz", label, affine) for key in ("image", "label")}
     described = [{"name": f"target{number}", **target} for number, target in enumerate(targets)]
     entry |= {target["name"]: 12.0 if target.get("kind") else entry["label"] for target in described}
     path = tmp_path / "datalist.json"

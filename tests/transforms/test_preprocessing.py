@@ -238,3 +238,12 @@ def test_going_back_in_slabs_is_going_back(dims: int, monkeypatch: pytest.Monkey
     assert torch.allclose(slabs.affine, whole.affine, atol=1e-12)
     assert slabs.applied_operations == whole.applied_operations == []
     assert slabs.meta["filename_or_obj"] == "scan.nii"
+    assert set(slabs.meta) == set(whole.meta)
+
+
+def test_a_grid_that_did_not_change_is_not_resampled_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["common.transforms.preprocessing"], "VOXELS_RESAMPLED_AT_ONCE", 1)
+    image = MetaTensor(torch.rand(1, 9, 8, 7), np.diag([1.5, 1.5, 2.0, 1.0]))
+    spacing = Spacingd("image", pixdim=(1.5, 1.5, 2.0), mode="bilinear", dtype=np.float32)
+    restored = spacing.inverse(spacing({"image": image}))["image"]
+    assert torch.equal(restored.as_tensor(), image.as_tensor())

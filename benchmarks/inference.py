@@ -53,7 +53,7 @@ def _regression() -> nn.Module:
     return RegressionNetwork(3, 1, **SHAPE, targets=TARGETS)
 
 
-def _dual(stages: Sequence[int] = (2,), width: float = 1.0, last_stage: int = 0) -> nn.Module:
+def _dual(stages: Sequence[int] = (2,), width: float = 1.0, last_stage: int = 0, convolutions: int = 2) -> nn.Module:
     return DualDecoderNetwork(
         *(3, 1, 3),
         **SHAPE,
@@ -62,6 +62,7 @@ def _dual(stages: Sequence[int] = (2,), width: float = 1.0, last_stage: int = 0)
         attention_window=4,
         regression_width=width,
         regression_stage=last_stage,
+        regression_convolutions=convolutions,
     )
 
 
@@ -88,6 +89,7 @@ TABLES = {
         "- no attention": Row((partial(_dual, []),), CHEST, SMALL),
         "- attention at stage 1, too": Row((partial(_dual, [1, 2]),), CHEST, SMALL),
         "- half the channels in the regression decoder": Row((partial(_dual, [2], 0.5),), CHEST, SMALL),
+        "- and one convolution a stage": Row((partial(_dual, [2], 0.5, 0, 1),), CHEST, SMALL),
         "- regression at half resolution": Row((partial(_dual, [2], 1.0, 1),), CHEST, SMALL),
         "- and half the channels in the regression decoder": Row((partial(_dual, [2], 0.5, 1),), CHEST, SMALL),
     },

@@ -90,21 +90,21 @@ def test_rows_of_inference(title: str) -> None:
 
 
 def test_a_scan_from_its_file_to_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_volume, "ROWS", {"small": ("dual_decoder", (40, 40, 32), {"num_workers": 0})})
+    monkeypatch.setattr(large_volume, "ROWS", {"small": ("dual_decoder", (40, 40, 32), (0.8, 0.8, 0.6))})
     monkeypatch.setattr(large_volume, "WINDOW", [32, 32, 32])
     monkeypatch.setattr(
         large_volume, "in_own_process", lambda section, arguments: large_volume.measure(arguments[1], "cpu")
     )
     text = large_volume.main(argparse.Namespace(one=None, device="cpu"))
-    [row] = [line for line in text.splitlines() if line.startswith("| small | 40 x 40 x 32 | ")]
-    memory = float(row.split("|")[4])
+    [row] = [line for line in text.splitlines() if line.startswith("| small | 40 x 40 x 32 | 0.8 x 0.8 x 0.6 | ")]
+    memory = float(row.split("|")[5])
     assert 0.2 < memory < 4, "of the libraries, above all"
 
 
 def test_a_scan_has_air_tissue_and_lungs(tmp_path: Path) -> None:
-    large_volume.make_scan((64, 64, 8), tmp_path / "scan.nii")
+    large_volume.make_scan((64, 64, 8), (0.8, 0.8, 0.6), tmp_path / "scan.nii")
     scan = nibabel.load(tmp_path / "scan.nii")
-    assert scan.header.get_zooms() == pytest.approx(large_volume.SPACING)
+    assert scan.header.get_zooms() == pytest.approx((0.8, 0.8, 0.6))
     means = [scan.get_fdata()[place].mean() for place in (np.s_[:4, :4], np.s_[32, 32], np.s_[44:46, 32])]
     assert means == pytest.approx([-1000, 40, -850], abs=10)
 

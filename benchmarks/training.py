@@ -146,7 +146,7 @@ def measure(name: str, plan: str | None, device: str) -> dict[str, Any]:
         before = peak_memory(device, reset=True)
         method = parser.get_parsed_content("train#method")
         optimizer = parser.get_parsed_content("train#optimizer")
-        handlers = [parser.get_parsed_content("lock_in")] if name in (*DUAL, *WHOLE) else []
+        handlers = [parser.get_parsed_content("lock_in")] if "lock_in" in parser else []
         steps = [batch] * (WARM_UP + STEPS + 2)
         trainer = SemiSupervisedTrainer(
             device, 20, steps, method, optimizer, parser["amp"], parser["gradient_clip"], train_handlers=handlers

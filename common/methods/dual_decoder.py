@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import BadInput
 from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, UncertaintyWeighting, target_mask
 from ..networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, reduce_to_case
+from ..networks.dual_decoder import is_locked
 from ..targets import is_dense, structure_ids
 from .base import Method
 from .feature_cache import FeatureCache
@@ -164,7 +165,7 @@ class DualDecoder(Method):
 
         def predict(window: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             network = self.network
-            if self.feature_cache.limit and isinstance(network, DualDecoderNetwork) and _is_locked(network):
+            if self.feature_cache.limit and isinstance(network, DualDecoderNetwork) and _says_the_same(network):
                 logits, *rest = self.feature_cache(window, self._read)
                 stages = len(network.encoder.stages)
                 features, decoded, edge = rest[:stages], rest[stages : 2 * stages - 1], rest[2 * stages - 1 :]
@@ -209,9 +210,6 @@ def _is_mean_of_structure(target: Mapping[str, Any]) -> bool:
     return target.get("kind") == "mean" and bool(structure_ids(target))
 
 
-def _is_locked(network: DualDecoderNetwork) -> bool:
+def _says_the_same(network: DualDecoderNetwork) -> bool:
     """Whether encoder and segmentation decoder can't change, and always say the same of the same image."""
-    return not any(
-        part.training or any(parameter.requires_grad for parameter in part.parameters())
-        for part in (network.encoder, network.segmentation_decoder)
-    )
+    return all(is_locked(part) and not part.training for part in (network.encoder, network.segmentation_decoder))

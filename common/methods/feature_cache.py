@@ -48,5 +48,6 @@ class FeatureCache:
 
 
 def _digest(window: Tensor) -> bytes:
-    content = window.detach().cpu().numpy().tobytes()
-    return hashlib.blake2b(repr(window.shape).encode() + content).digest()
+    digest = hashlib.blake2b(repr(window.shape).encode())
+    digest.update(window.detach().cpu().numpy().tobytes())
+    return digest.digest()

@@ -174,7 +174,8 @@ class RegressionDecoder(Decoder):
         return self.full_resolution(decoded) * self.scale + self.shift
 
 
-def _is_locked(part: nn.Module) -> bool:
+def is_locked(part: nn.Module) -> bool:
+    """Whether no parameter of a part is trained."""
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 
@@ -281,7 +282,7 @@ class DualDecoderNetwork(nn.Module):
         else:
             self.encoder.check_size(x)
             # An image that needs a gradient itself (a saliency map) keeps the graph.
-            needed = x.requires_grad or not _is_locked(self.encoder)
+            needed = x.requires_grad or not is_locked(self.encoder)
             with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
                 return self.encoder(x)
 
@@ -290,7 +291,7 @@ class DualDecoderNetwork(nn.Module):
             decoded = self.segmentation_decoder(features)
             return decoded, self.segmentation_decoder.logits(decoded)
         else:
-            needed = features[-1].requires_grad or not _is_locked(self.segmentation_decoder)
+            needed = features[-1].requires_grad or not is_locked(self.segmentation_decoder)
             with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
                 decoded = self.segmentation_decoder(features)
                 return decoded, self.segmentation_decoder.logits(decoded)

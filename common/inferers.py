@@ -110,7 +110,7 @@ class SlidingWindow(SlidingWindowInferer):
             total = once(window, *more, **named)
             for axes in dims[1:]:
                 total = total + once(window.flip(axes), *more, **named).flip(axes)
-            return (total / len(dims)).to(home)
+            return (total / len(dims) if len(dims) > 1 else total).to(home)
 
         box = self._box(inputs)
         place: tuple[Any, ...] = (..., *(box or ()))

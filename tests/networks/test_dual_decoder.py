@@ -8,6 +8,7 @@ import torch
 
 from common.errors import BadInput
 from common.networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, hand_over
+from common.networks.dual_decoder import _cell_means
 
 SHAPE = {
     "spatial_dims": 3,
@@ -289,6 +290,13 @@ def test_edges_are_found_at_twice_the_resolution_of_the_attention(monkeypatch):
     expected = torch.zeros(8)
     expected[1] = 0.5
     assert torch.allclose(probabilities[0, 2], expected[:, None].expand(8, 8))
+
+
+@pytest.mark.parametrize(("shape", "cell"), [((8, 6), [2, 3]), ((8, 6, 4), [4, 1, 2]), ((8, 6, 4), [1, 1, 1])])
+def test_means_of_cells_are_average_pooling(shape, cell):
+    x = torch.rand(2, 3, *shape)
+    pool = torch.nn.functional.avg_pool2d if len(shape) == 2 else torch.nn.functional.avg_pool3d
+    assert torch.allclose(_cell_means(x, cell), pool(x, cell))
 
 
 @pytest.mark.parametrize("first", [1, 2])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import ctypes
+import resource
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -42,6 +43,30 @@ def test_does_nothing_elsewhere(monkeypatch):
     assert keep_pages() is False
 
 
-def test_here():
-    assert keep_pages() in (True, False)
-    assert ctypes.sizeof(ctypes.c_int) == 4, "the settings are ints of this size: 2**31 - 1 must fit"
+def test_does_nothing_where_the_user_has_settings_of_the_allocator(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("asked for a C library"))
+    assert keep_pages() is False
+
+
+MORE_THAN_2_GIB = """
+import resource, torch
+from common.engines.allocator import keep_pages
+taken = keep_pages()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**24) for _ in range(34)]
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    del tensors
+print(taken, faults)
+"""
+
+
+def test_pages_are_kept_however_much_is_freed():
+    """2.1 GiB, taken a second time, are the pages that the process has already, but for those of a tensor or two."""
+    answer = subprocess.run([sys.executable, "-c", MORE_THAN_2_GIB], capture_output=True, text=True, check=True)
+    taken, faults = answer.stdout.split()
+    if taken == "False":
+        pytest.skip("the C library is not glibc, or has settings already")
+    pages = 34 * 2**26 // resource.getpagesize()
+    assert int(faults) < pages / 10

@@ -37,9 +37,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 demo: setup
 	$(BIN)/python -m common demo --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
 
+bench: SHELL := /bin/bash
 bench: setup
 	mkdir -p output
-	$(BIN)/python -m benchmarks all | tee output/bench.md
+	set -o pipefail; $(BIN)/python -m benchmarks all | tee output/bench.md
 
 label:
 	@test -n "$(STUDIES)" || { echo "Name the folder of your images: make label STUDIES=folder"; exit 2; }

@@ -45,10 +45,17 @@ def main(arguments: list[str] | None = None) -> None:
     if options.section != "all":
         print(importlib.import_module(f"benchmarks.{options.section}").main(options))
         return
+    failed = []
     for name in SECTIONS:
         print(f"## {name.replace('_', ' ').capitalize()}\n", flush=True)
-        main([name, "--device", options.device])
+        try:
+            main([name, "--device", options.device])
+        except SystemExit as error:  # of one row: no reason to keep the other sections back
+            failed.append(name)
+            print(error)
         print(flush=True)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,7 +71,7 @@ def _vnet() -> nn.Module:
     return VNet(3, 1, 2)
 
 
-TURNS = 4
+TURNS = 5
 ATRIUM, CHEST = (175, 132, 88), (128, 128, 128)
 SMALL = {"roi_size": (64, 64, 64)}
 #: tables, the first row of each is what the others are compared with
@@ -108,7 +109,7 @@ def _prediction(row: Row, device: str) -> tuple[Callable[[], Any], int]:
 
 @torch.no_grad()
 def measure(row: Row, base: Row, device: str) -> dict[str, Any]:
-    """Seconds and peak memory of one volume, and seconds of the row to compare with, by turns: machines have moods."""
+    """Seconds and peak memory of one volume, and how it compares with another row, by turns: machines have moods."""
     start(0, device)
     before = peak_memory(device, reset=True)
     predict, weights = _prediction(row, device)
@@ -117,8 +118,12 @@ def measure(row: Row, base: Row, device: str) -> dict[str, Any]:
     of_base, _ = _prediction(base, device)
     of_base()
     times = [[fastest(call, device, repeats=1, warm_up=0) for call in (predict, of_base)] for _ in range(TURNS)]
-    seconds, base_seconds = map(min, zip(*times, strict=True))
-    return {"seconds": seconds, "base_seconds": base_seconds, "bytes": most, "parameters": weights}
+    return {
+        "seconds": statistics.median(own for own, _ in times),
+        "ratios": sorted(own / other for own, other in times),
+        "bytes": most,
+        "parameters": weights,
+    }
 
 
 def report(title: str, device: str) -> str:
@@ -131,14 +136,15 @@ def report(title: str, device: str) -> str:
         [
             name,
             f"{item['seconds']:.2f}",
-            f"{item['seconds'] / item['base_seconds']:.2f}",
-            f"{item['base_seconds'] / item['seconds']:.1f}",
+            f"{statistics.median(item['ratios']):.2f}",
+            f"{item['ratios'][0]:.2f} to {item['ratios'][-1]:.2f}",
+            f"{1 / statistics.median(item['ratios']):.1f}",
             f"{item['bytes'] / 2**20:.0f}",
             f"{item['parameters'] / 1e6:.2f}",
         ]
         for name, item in found.items()
     ]
-    titles = ["", "volume [s]", "ratio", "times as fast", "memory [MiB]", "weights [M]"]
+    titles = ["", "volume [s]", "ratio", "in single turns", "times as fast", "memory [MiB]", "weights [M]"]
     return "\n".join([f"### {title}", "", f"{device_name(device)}.", "", table(titles, cells)])
 
 

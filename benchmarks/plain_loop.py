@@ -1,11 +1,11 @@
 """A training step of the project beside the plain loop that one writes by hand, and what each setting brings.
 
-    python -m benchmarks plain_loop                 # the left atrium's V-Net, and small crops
+    python -m benchmarks plain_loop                 # the left atrium's V-Net, small crops and flat ones
     python -m benchmarks plain_loop --only small
 
 The plain loop is fp32, PyTorch's default order in memory and the system's default allocator. Every row does the same
 arithmetic on the same crops from the same weights with the same optimiser, in a process of its own; ``project`` is the
-engine as the bundles run it. The losses of the last step say whether the result is the same.
+engine as the bundles run it. How far a loss of any step lies from the plain loop's says whether the result is the same.
 """
 
 from __future__ import annotations
@@ -22,15 +22,24 @@ import torch
 from ignite.engine import Events
 from monai.networks.nets import DynUNet, UNet
 from torch import Tensor, nn
+from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measuring import device_name, in_own_process, matrix_rate, peak_memory, table, time_steps
+from benchmarks.measuring import (
+    convolution_share,
+    device_name,
+    in_own_process,
+    matrix_rate,
+    peak_memory,
+    table,
+    time_steps,
+)
 from common.engines import SemiSupervisedTrainer, precision, start
 from common.engines.allocator import keep_pages
 from common.losses import SegmentationLoss
 from common.methods import Supervised
 from common.networks import SegmentationNetwork
-from common.networks.layout import ChannelsLast
+from common.networks.layout import ChannelsLast, channels_side_by_side
 from common.networks.vnet import VNet
 
 WARM_UP = 1
@@ -83,6 +92,18 @@ SIZES = {
         },
         31,
     ),
+    "heart": Size(
+        "nnU-Net's network of the heart, 2 crops of 96 x 96 x 8",
+        (2, 96, 96, 8),
+        {
+            "network 16-128": lambda: SegmentationNetwork(
+                *(3, 1, 4, [16, 32, 64, 128, 128]),
+                kernel_sizes=[[3, 3, 1], [3, 3, 1], 3, 3, 3],
+                strides=[1, [2, 2, 1], [2, 2, 1], 2, [2, 2, 1]],
+            )
+        },
+        16,
+    ),
 }
 #: settings of a row, in the order of the table; MONAI's networks are run in the plain loop alone
 VARIANTS = {
@@ -90,8 +111,9 @@ VARIANTS = {
     "+ allocator": {"allocator"},
     "+ bf16": {"allocator", "bf16"},
     "+ channels last": {"allocator", "bf16", "channels_last"},
-    "+ bf16 and torch.compile": {"allocator", "bf16", "compile"},
-    "project": {"engine"},
+    "+ torch.compile": {"allocator", "bf16", "channels_last", "compile"},
+    "project": {"engine", "bf16"},
+    "project, amp false": {"engine"},
 }
 
 
@@ -125,7 +147,9 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
     seconds: list[float] = []
     if "engine" in settings:
         trainer = SemiSupervisedTrainer(
-            device, 1, [{"labeled": batch} for batch in batches], Supervised(network), optimizer, gradient_clip=None
+            *(device, 1, [{"labeled": batch} for batch in batches], Supervised(network), optimizer),
+            amp="auto" if "bf16" in settings else False,
+            gradient_clip=None,
         )
         seconds = time_steps(trainer, device)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output["loss"]))
@@ -133,26 +157,38 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
     else:
         network.train()
         logits = torch.compile(_logits) if "compile" in settings else _logits
+        # A compiled network leaves the order as it finds it.
+        lay_out = channels_side_by_side if settings >= {"compile", "channels_last"} else nn.Identity()
         dtype = precision(True, device) if "bf16" in settings else None
         for batch in batches:
             began_at = time.perf_counter()
             image, label = batch["image"].to(device), batch["label"].to(device)
             optimizer.zero_grad()
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
-                loss = loss_function(logits(network, image), label)
+                loss = loss_function(logits(network, lay_out(image)), label)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - began_at)
     peak = peak_memory(device) - before
+    dtype = precision(True, device) if "bf16" in settings else None
+    image, label = batches[0]["image"].to(device), batches[0]["label"].to(device)
+
+    def passes() -> None:
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+            loss = loss_function(_logits(network, image), label)
+        loss.backward()
+
     with FlopCounterMode(display=False) as counter:
-        image, label = batches[0]["image"].to(device), batches[0]["label"].to(device)
-        loss_function(_logits(network, image), label).backward()
+        passes()
+    with profile() as profiler:
+        passes()
     return {
         "seconds": statistics.median(seconds[WARM_UP:]),
         "first": seconds[0],
         "bytes": peak,
         "flops": counter.get_total_flops(),
+        "convolutions": convolution_share(profiler),
         "losses": losses,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
@@ -172,8 +208,8 @@ def report(name: str, device: str) -> str:
     rows = [(own, variant) for variant in VARIANTS] + [(other, "plain loop") for other in others]
     found = {row: in_own_process("plain_loop", ["--one", json.dumps([name, *row]), "--device", device]) for row in rows}
     base = found[own, "plain loop"]
-    dtype = precision("auto", device) or torch.float32
-    rate = matrix_rate(dtype, device)
+    formats = {True: precision("auto", device) or torch.float32, False: torch.float32}
+    rates = {mixed: matrix_rate(dtype, device) for mixed, dtype in formats.items()}
     cells = [
         [
             f"{network}, {variant}",
@@ -182,19 +218,23 @@ def report(name: str, device: str) -> str:
             f"{base['seconds'] / item['seconds']:.2f}",
             f"{item['bytes'] / 2**20:.0f}",
             f"{item['flops'] / 1e9:.0f}",
-            f"{item['flops'] / item['seconds'] / rate:.0%}",
+            f"{item['flops'] / item['seconds'] / rates['bf16' in VARIANTS[variant]]:.0%}",
+            "-" if "compile" in VARIANTS[variant] else f"{item['convolutions']:.0%}",
             f"{item['parameters'] / 1e6:.2f}",
             f"{item['losses'][0]:.4f}",
             f"{item['losses'][-1]:.4f}",
+            f"{max(abs(a - b) for a, b in zip(item['losses'], base['losses'], strict=True)):.4f}"
+            if network == own
+            else "-",
         ]
         for (network, variant), item in found.items()
     ]
     titles = ["", "first step [s]", "step [s]", "times as fast", "memory [MiB]", "GFLOPs", "of the matrix rate"]
-    titles += ["weights [M]", "first loss", f"loss of step {size.steps}"]
-    said = (
-        f"{device_name(device)}; matrices of {str(dtype).removeprefix('torch.')} are multiplied at {rate / 1e9:.0f} "
-        "GFLOP/s here."
+    titles += ["in convolutions", "weights [M]", "first loss", f"loss of step {size.steps}", "most apart"]
+    reached = " and ".join(
+        f"{rate / 1e9:.0f} GFLOP/s in {str(formats[mixed]).removeprefix('torch.')}" for mixed, rate in rates.items()
     )
+    said = f"{device_name(device)}; matrices are multiplied at {reached} here."
     return "\n".join([f"### {size.title}", "", said, "", table(titles, cells)])
 
 

@@ -164,6 +164,9 @@ class SlidingWindow(SlidingWindowInferer):
         # What the allocator keeps for itself is free, too.
         free += torch.cuda.memory_reserved(device) - held
         torch.cuda.reset_peak_memory_stats(device)
-        predict(torch.zeros(1, inputs.shape[1], *window, dtype=inputs.dtype, device=inputs.device))
+        result = predict(inputs.new_zeros(1, inputs.shape[1], *window))
         needed = max(1, torch.cuda.max_memory_allocated(device) - held)
+        if inputs.device.type == "cuda":
+            # Blended there, too: the sums and their quotient, in float32.
+            free -= 2 * 4 * len(inputs) * result.shape[1] * math.prod(inputs.shape[2:])
         return min(MOST_WINDOWS, max(1, int(SHARE_OF_MEMORY * free / needed)))

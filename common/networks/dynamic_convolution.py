@@ -120,15 +120,25 @@ class DyBAC(nn.Module):
         excitation = F.layer_norm(excitation, excitation.shape[1:]) * self.spatial_scale + self.spatial_shift
         x = x * torch.sigmoid(excitation)
         kernels = torch.einsum("bn,nc...->bc...", self.kernel_attention(x), self.kernels)
-        # One convolution for the whole batch: its samples side by side as channels, each a group with its own kernel.
-        batch, channels = x.shape[0], x.shape[1]
-        groups = batch * channels
-        x, kernels = x.flatten(0, 1).unsqueeze(0), kernels.flatten(0, 1).unsqueeze(1)
-        if self.spatial_dims == 2:
-            x = F.conv2d(x, kernels, None, self.stride, self.padding, 1, groups)
-        else:
-            x = F.conv3d(x, kernels, None, self.stride, self.padding, 1, groups)
-        return self.output(x.squeeze(0).unflatten(0, [batch, channels]))
+        return self.output(self._depthwise(x, kernels.unsqueeze(2)))
+
+    def _depthwise(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """Each sample of ``x`` (B, C, *spatial) with its own ``kernels`` (B, C, 1, *size)."""
+        if not torch.jit.is_scripting() and x.device.type == "cpu":
+            # Of depthwise convolutions the backward pass in bf16 takes five times as long as in float32.
+            with torch.autocast("cpu", enabled=False):
+                return self._convolve(full_precision(x), full_precision(kernels))
+        return self._convolve(x, kernels.to(x.dtype))
+
+    def _convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        samples: list[Tensor] = []
+        # Not in one convolution with the samples as groups: that would leave the order in memory.
+        for sample, kernel in zip(x.split(1), kernels.unbind()):  # noqa: B905 (TorchScript)
+            if self.spatial_dims == 2:
+                samples.append(F.conv2d(sample, kernel, None, self.stride, self.padding, 1, kernel.shape[0]))
+            else:
+                samples.append(F.conv3d(sample, kernel, None, self.stride, self.padding, 1, kernel.shape[0]))
+        return torch.cat(samples)
 
 
 def make_dynamic(block: nn.Module) -> None:
@@ -161,8 +171,7 @@ class DyBACNetwork(SegmentationNetwork):
     Args:
         spatial_dims, in_channels, out_channels, features, kernel_sizes, strides, convolutions_per_stage, dropout: see
             :class:`~common.networks.SegmentationNetwork`.
-        channels_last: as there; off, because these convolutions put the samples of a batch beside each other as
-            channels, and so do not keep that order.
+        channels_last: as there.
     """
 
     def __init__(
@@ -175,7 +184,7 @@ class DyBACNetwork(SegmentationNetwork):
         strides: Sequence[PerAxis],
         convolutions_per_stage: int = 2,
         dropout: float = 0.0,
-        channels_last: bool | None = False,
+        channels_last: bool | None = None,
     ) -> None:
         super().__init__(
             *(spatial_dims, in_channels, out_channels, features, kernel_sizes, strides),

@@ -1,4 +1,4 @@
-"""Convolution whose kernel follows the image, and nnU-Net's U-Net made of it.
+"""Convolution whose kernel follows the image, and nnU-Net's U-Net and the literature's V-Net made of it.
 
 DyBAC: Lei et al., "Semi-Supervised Medical Image Segmentation Using Adversarial Consistency Learning and Dynamic
 Convolution Network" (ASE-Net), IEEE TMI 2023. Its parts: spatial squeeze and excitation (Roy, Navab & Wachinger,
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from .unet import PerAxis, SegmentationNetwork, full_precision, initialise, per_axis
+from .vnet import CONVOLUTIONS, FEATURES, VNet
 
-__all__ = ["DyBAC", "DyBACNetwork", "anneal", "make_dynamic"]
+__all__ = ["DyBAC", "DyBACNetwork", "DyBACVNet", "anneal", "make_dynamic"]
 
 SPATIAL_REDUCTION = 16
 KERNEL_REDUCTION = 4
@@ -192,4 +193,30 @@ class DyBACNetwork(SegmentationNetwork):
         )
         stages = [*self.encoder.stages, *self.segmentation_decoder.stages]
         for block in [block for stage in stages for block in stage][1:]:
+            make_dynamic(block)
+
+
+class DyBACVNet(VNet):
+    """The literature's V-Net with :class:`DyBAC` in the place of its convolutions of 3 voxels but the very first.
+
+    Those of 2 voxels, which halve or double the axes, stay as they are, and so does the head.
+
+    Args:
+        spatial_dims, in_channels, out_channels, features, convolutions, dropout, channels_last: see
+            :class:`~common.networks.vnet.VNet`.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        features: Sequence[int] = FEATURES,
+        convolutions: Sequence[int] = CONVOLUTIONS,
+        dropout: float = 0.5,
+        channels_last: bool | None = None,
+    ) -> None:
+        super().__init__(spatial_dims, in_channels, out_channels, features, convolutions, dropout, channels_last)
+        stages = [*(stage[1:] for stage in self.encoder.stages), *self.segmentation_decoder.stages]
+        for block in [block for stage in stages for block in stage]:
             make_dynamic(block)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from common.errors import BadInput
 from common.inferers import SlidingWindow
 from common.networks import SegmentationNetwork
-from common.networks.dynamic_convolution import DyBAC, DyBACNetwork, anneal
+from common.networks.dynamic_convolution import DyBAC, DyBACNetwork, DyBACVNet, anneal
+from common.networks.vnet import VNet
 
 ANISOTROPIC = {
     "spatial_dims": 3,
@@ -184,6 +185,19 @@ def test_network_is_the_plain_one_with_all_but_its_first_stage_convolution_repla
     x = torch.randn(2, config["in_channels"], *SIZES[config["spatial_dims"]])
     for network_output, plain_output in zip(network.forward_all(x)[1], plain.forward_all(x)[1], strict=True):
         assert network_output.shape == plain_output.shape
+
+
+def test_v_net_is_the_plain_one_with_its_convolutions_of_three_voxels_replaced():
+    config = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": [4, 6, 8], "convolutions": [1, 2, 2]}
+    plain, network = VNet(**config), DyBACVNet(**config)
+    replaced = {name for name, module in network.named_modules() if isinstance(module, DyBAC)}
+    wanted = {n for n, m in plain.named_modules() if isinstance(m, nn.Conv3d) and m.kernel_size == (3, 3, 3)}
+    assert replaced == wanted - {"encoder.stages.0.0.conv"}
+    assert len(replaced) == 7
+    x = torch.randn(2, 1, 8, 8, 8)
+    assert network(x).shape == plain(x).shape == (2, 2, 8, 8, 8)
+    network(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
 
 
 def test_network_trains_and_anneals():

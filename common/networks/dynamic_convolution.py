@@ -217,6 +217,9 @@ class DyBACVNet(VNet):
         channels_last: bool | None = None,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, features, convolutions, dropout, channels_last)
-        stages = [*(stage[1:] for stage in self.encoder.stages), *self.segmentation_decoder.stages]
-        for block in [block for stage in stages for block in stage]:
-            make_dynamic(block)
+        for stage in self.encoder.stages:
+            for block in list(stage.children())[1:]:
+                make_dynamic(block)
+        for stage in self.segmentation_decoder.stages:
+            for block in stage.children():
+                make_dynamic(block)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .comparison_picture import save_comparison
+from .data.checks import patient_key
 from .data.datalist import case_name, load_section, read_datalist
 from .errors import BadInput
 from .files import write_atomically
@@ -73,13 +74,12 @@ def trained_parameters(path: Path) -> int | None:
 
 def case_dice(path: Path) -> dict[str, float]:
     """Mean Dice over structures of each case of a ``metrics.csv``; without cases that hold none."""
-    scores = {}
+    scores: dict[str, list[float]] = defaultdict(list)
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            values = [float(value) for key, value in row.items() if key.startswith("dice/") and value]
-            if values:
-                scores[row["case"]] = statistics.fmean(values)
-    return scores
+            # Several rows of one case are labels of other structures each.
+            scores[row["case"]] += [float(value) for key, value in row.items() if key.startswith("dice/") and value]
+    return {case: statistics.fmean(values) for case, values in scores.items() if values}
 
 
 def _p_value(p: float) -> str | None:
@@ -198,7 +198,8 @@ class Comparison:
 
         Each pair is compared over the seeds that both rows have.
         """
-        units = {case: str(entry.get("patient") or case) for case, entry in self.cases.items()}
+        patients = {case: patient_key(entry) for case, entry in self.cases.items()}
+        units = {case: case if patient is None else f"patient {patient}" for case, patient in patients.items()}
         found = []
         for run in self.runs:
             done = [self.study.records_by_seed(r) for r in (run, self.reference)]
@@ -254,7 +255,7 @@ class Comparison:
             lines += [markdown_table(columns, rows), ""]
         reference = self.reference.title or self.reference.name
         if content["tests"]:
-            unit = "patient" if any(entry.get("patient") for entry in self.cases.values()) else "case"
+            unit = "patient" if any(patient_key(entry) is not None for entry in self.cases.values()) else "case"
             lines += [f"### Against {reference}", ""]
             tests = [
                 {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}

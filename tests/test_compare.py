@@ -23,8 +23,10 @@ from common.report import NOTHING
 from common.study import ROOT
 from common.tables import deployed_parameters
 
-CASES = ("a", "b", "c", "d")
-PATIENTS = {"a": "p", "b": "p", "c": "q", "d": "r"}
+#: cases as results name them, and their files; what is named by its folder lies in a file that is called as another is
+FILES = {"a_image": "a/image", "b_image": "b/image", "c": "c", "d": "d"}
+CASES = tuple(FILES)
+PATIENTS = {"a_image": 0, "b_image": "0", "c": "q", "d": "r"}
 NUMBERS = {"dice": 0.0, "jaccard": 0.5, "hd95": 3.0, "asd": 1.0}
 NUMBERS |= {"hd95_pooled": 2.5, "hd95_pooled_voxels": 2.0, "asd_voxels": 0.5}
 #: Dice of each case by run, before what a seed adds
@@ -51,11 +53,13 @@ def data(tmp_path: Path) -> Path:
     folder.mkdir()
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:5, 2:6, 1:3] = 1
-    for case in CASES:
-        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{case}.nii")
-        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{case}_label.nii")
-    entries = [{"image": f"{c}.nii", "label": f"{c}_label.nii", "patient": PATIENTS[c]} for c in CASES]
-    content = {"training": entries[:1], "unlabeled": [{"image": "b.nii"}, {"image": "c.nii"}], "validation": entries}
+    for file in FILES.values():
+        (folder / file).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{file}.nii")
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{file}_label.nii")
+    entries = [{"image": f"{f}.nii", "label": f"{f}_label.nii", "patient": PATIENTS[c]} for c, f in FILES.items()]
+    unlabeled = [{"image": f"{FILES[case]}.nii"} for case in ("b_image", "c")]
+    content = {"training": entries[:1], "unlabeled": unlabeled, "validation": entries}
     (folder / "datalist.json").write_text(json.dumps(content))
     (folder / "full.json").write_text(json.dumps({**content, "training": entries[:3], "unlabeled": []}))
     return folder
@@ -107,7 +111,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "predictions").mkdir(exist_ok=True)
         for case in CASES:
-            nibabel.save(nibabel.load(data / f"{case}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
+            nibabel.save(nibabel.load(data / f"{FILES[case]}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
         return 0
 
     monkeypatch.setattr(study_module, "_call", fake)
@@ -206,13 +210,13 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
 
     tests = {test["run"]: test for test in content["tests"]}
     assert set(tests) == {"supervised", "bcp", "supervised_all"}
-    # Patients: p has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
+    # Patients: 0 has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
     assert (tests["bcp"]["cases"], tests["bcp"]["seeds"]) == (3, [0, 1])
     assert tests["bcp"]["difference"] == pytest.approx((-0.05 + 0.05 - 0.1) / 3)
     assert tests["bcp"]["t_test_holm"] == pytest.approx(tests["bcp"]["t_test"])
     assert tests["supervised"]["t_test_holm"] == pytest.approx(3 * tests["supervised"]["t_test"])
     # The middle of 0.7, 0.8, 0.85 and 0.9, the lower of the two.
-    assert content["picture"] == {"case": "a", "seed": 0}
+    assert content["picture"] == {"case": "a_image", "seed": 0}
     # Six panels, two slices.
     height, width, _ = imread(output / "compare.png").shape
     assert (width, height) == (1140, 410)
@@ -298,9 +302,10 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
     output = tmp_path / "out"
     assert main(options(data, output, "--test-labels", "full.json")) == 0
     content = json.loads((output / "datalist.json").read_text())
-    assert [Path(entry["label"]).name for entry in content["testing"]] == ["b_label.nii", "c_label.nii"]
+    labels = [str(data / f"{FILES[case]}_label.nii") for case in ("b_image", "c")]
+    assert [entry["label"] for entry in content["testing"]] == labels
     assert [list(entry) for entry in content["unlabeled"]] == [["image"], ["image"]], "no training sees these labels"
-    assert [Path(entry["image"]).name for entry in content["training"]] == ["a.nii"]
+    assert [entry["image"] for entry in content["training"]] == [str(data / "a" / "image.nii")]
     assert "validation" not in content
     assert {option(command, "datalist") for command in calls} == {str(output / "datalist.json")}
     assert {option(command, "section") for command in calls} == {"testing"}
@@ -357,8 +362,9 @@ def test_counts_and_scores_come_from_the_files(tmp_path: Path) -> None:
     state = {"optimizer": {"param_groups": [], "state": {0: {"momentum_buffer": None}}}}
     torch.save({"state": state}, tmp_path / "checkpoint.pt")
     assert trained_parameters(tmp_path / "checkpoint.pt") is None
-    (tmp_path / "metrics.csv").write_text("case,dice/a,dice/b,hd95/a,failed\nx,0.5,1.0,9,\ny,,0.25,9,\nz,,,,\n")
-    assert case_dice(tmp_path / "metrics.csv") == {"x": 0.75, "y": 0.25}
+    rows = ("case,dice/a,dice/b,hd95/a,failed", "x,0.5,1.0,9,", "y,,0.25,9,", "z,,,,", "v,0.5,,,", "v,,0.7,,")
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    assert case_dice(tmp_path / "metrics.csv") == {"x": 0.75, "y": 0.25, "v": pytest.approx(0.6)}
 
 
 def test_slices_lie_in_the_structure_and_the_window_hides_no_prediction() -> None:

@@ -14,8 +14,9 @@ import torch
 from matplotlib.image import imread
 from mlflow import MlflowClient
 
+from common import compare as compare_module
 from common import study as study_module
-from common.compare import add_arguments, choose_recipes, describe, main, read_recipes
+from common.compare import _plan, add_arguments, check_settings, choose_recipes, describe, main, read_recipes
 from common.comparison import Comparison, case_dice, trained_parameters
 from common.comparison_picture import _slices, _window
 from common.errors import BadInput
@@ -61,7 +62,11 @@ def data(tmp_path: Path) -> Path:
     unlabeled = [{"image": f"{FILES[case]}.nii"} for case in ("b_image", "c")]
     content = {"training": entries[:1], "unlabeled": unlabeled, "validation": entries}
     (folder / "datalist.json").write_text(json.dumps(content))
-    (folder / "full.json").write_text(json.dumps({**content, "training": entries[:3], "unlabeled": []}))
+    everything = {**content, "training": entries[:3], "unlabeled": []}
+    (folder / "full.json").write_text(json.dumps(everything))
+    (folder / "other_cases.json").write_text(json.dumps({**everything, "validation": entries[2:]}))
+    relabelled = {**entries[3], "label": entries[2]["label"]}
+    (folder / "other_labels.json").write_text(json.dumps({**everything, "validation": [*entries[:3], relabelled]}))
     return folder
 
 
@@ -315,6 +320,50 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
 
 
 @pytest.mark.parametrize(
+    ("tested", "is_transductive"),
+    [
+        ({"image": "c.nii"}, True),
+        ({"image": "a/image.nii", "patient": "Q"}, True),
+        ({"image": "a/image.nii", "patient": "p"}, False),
+    ],
+)
+@pytest.mark.usefixtures("untracked", "calls")
+def test_tables_of_cases_that_were_learnt_from_say_so(
+    tested: dict[str, str], is_transductive: bool, data: Path, tmp_path: Path
+) -> None:
+    """By their image, or by their patient, however it is written."""
+    content = json.loads((data / "datalist.json").read_text())
+    content["unlabeled"][1]["patient"] = "q"
+    (data / "datalist.json").write_text(json.dumps({**content, "testing": [{**tested, "label": "d_label.nii"}]}))
+    main(options(data, tmp_path / "out", "--set", "section=testing"))
+    assert ("Transductive" in (tmp_path / "out" / "compare.md").read_text()) == is_transductive
+
+
+def test_a_key_of_any_config_may_be_set_and_an_argument_of_any_component() -> None:
+    description = describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1)
+    known = ("threshold", "section", "train#trainer#max_epochs", "inferer#stride", "train#method#box", "edges")
+    check_settings(dict.fromkeys(known), {**description, "plan": {"set": {"edges": 1}}})
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_run_may_get_another_title(
+    data: Path, calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(options(data, tmp_path / "out"))
+    count = len(calls)
+    monkeypatch.setitem(compare_module._TITLES, "bcp", "Copy and paste")
+    assert main(options(data, tmp_path / "out")) == 0
+    assert len(calls) == count
+    assert "| Copy and paste | 1 | 2 | 0.775 |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Path) -> None:
+    given = options(data, tmp_path / "out", "--memory", "8GB")
+    given.plan = None
+    assert _plan(given) == {"datalist": "datalist.json", "width": 32, "memory": "8GB"}
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--steps", "12"], "run supervised"),
@@ -327,6 +376,13 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
         (["--datalist", "none.json"], "none.json"),
         (["--upper-bound", "none.json"], "none.json"),
         (["--test-labels", "none.json"], "none.json"),
+        (["--upper-bound", "other_cases.json"], "2 cases are in one of them alone"),
+        (["--upper-bound", "other_labels.json"], "its `validation` is not that of"),
+        (["--set", "mirror_axis=[0]"], "--set mirror_axis: none of the configs has it.*mirror_axes"),
+        (["--set", "train#method#decay#of=1"], "none of the configs has it"),
+        (["--width", "32"], "--width: it is for a plan that is made"),
+        (["--max-width", "64"], "--max-width"),
+        (["--memory", "8GB"], "--memory"),
         (["--test-labels", "full.json", "--upper-bound", "full.json"], "would learn them"),
         (["--test-labels", "datalist.json"], "lacks 2 of the images"),
     ],

@@ -23,7 +23,7 @@ from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
 from .report import markdown_table
 from .significance import holm, paired_test
 from .study import Run, Study
-from .tables import deployed_parameters, machine
+from .tables import best_among_equals, config_versions, deployed_parameters, machine
 
 __all__ = ["Comparison", "case_dice", "trained_parameters"]
 
@@ -50,6 +50,7 @@ _VOXELS = (
     "to the reference, not back."
 )
 _TESTS: list[dict[str, Any]] = [
+    {"key": "seeds", "title": "seeds", "better": None, "digits": 0},
     {"key": "cases", "title": "n", "better": None, "digits": 0},
     {"key": "difference", "title": "difference in Dice", "better": None, "digits": 3},
     {"key": "t_test", "title": "t-test p", "better": None},
@@ -138,6 +139,7 @@ class Comparison:
         return {
             "machine": "; ".join(dict.fromkeys(record.get("machine") or machine() for record in records)) or machine(),
             "commits": sorted({str(record.get("commit")) for record in records}),
+            "config_versions": config_versions(self.study),
         }
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -233,11 +235,10 @@ class Comparison:
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
         if len(content["commits"]) > 1:
             lines += [f"Rows were trained by several versions of the code: {', '.join(content['commits'])}.", ""]
-        # Distances leave failed cases out: no reason to be the best.
-        unfair: tuple[str, ...] = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
+        for sentence in content["config_versions"]:
+            lines += [sentence, ""]
         columns = _TABLE[:6] + (_IN_VOXELS if self.study.description.get("protocol") else []) + _TABLE[6:]
-        columns = [{**column, "better": None} if column["key"].startswith(unfair) else column for column in columns]
-        lines += [markdown_table(columns, rows), ""]
+        lines += [markdown_table(best_among_equals(columns, rows), rows), ""]
         if "note" in self.study.description:
             lines += [self.study.description["note"], ""]
         if any(run.teacher for run in self.runs):
@@ -261,11 +262,16 @@ class Comparison:
                 {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}
                 for test in content["tests"]
             ]
-            lines += [markdown_table(_TESTS, [{**test, "cases": str(test["cases"])} for test in tests]), ""]
+            texts = [
+                {"cases": str(test["cases"]), "seeds": ", ".join(map(str, test["seeds"]))} for test in content["tests"]
+            ]
+            lines += [markdown_table(_TESTS, [{**test, **text} for test, text in zip(tests, texts, strict=True)]), ""]
+            count = sum(math.isfinite(test["t_test"]) for test in content["tests"])
             lines += [
-                f"Paired over the {unit}s (n), whose Dice is averaged over structures and seeds: two-sided p of the "
-                f"paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for {len(tests)} rows. They "
-                "say whether a difference would hold on other cases, not how much training again would change it.",
+                f"Paired over the {unit}s (n), whose Dice is averaged over structures and the seeds that both rows "
+                "have: two-sided p of the paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for "
+                f"{count} rows. They say whether a difference would hold on other cases, not how much training again "
+                "would change it.",
                 "",
             ]
         if content["picture"]:

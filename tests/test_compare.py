@@ -255,18 +255,35 @@ def test_a_picture_that_fails_keeps_no_figures_back(
     assert "Not done: picture: a_seg.nii.gz lies on another grid" in text
 
 
+@pytest.mark.usefixtures("untracked", "calls")
+def test_tests_name_their_seeds_and_are_corrected_for_those_that_there_are(data: Path, tmp_path: Path) -> None:
+    arguments = ("--seeds", "0,1", "--upper-bound", "full.json")
+    main(options(data, tmp_path / "out", *arguments))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| BCP | 0, 1 | 3 | -0.033 |" in text
+    assert "Holm for 3 rows" in text
+    (tmp_path / "out" / "bcp" / "seed1" / "record.json").unlink()
+    (tmp_path / "out" / "bcp" / "seed0" / "test" / "metrics.csv").write_text("case,dice/wall\nc,0.9\n")
+    main(options(data, tmp_path / "out", *arguments, "--only-table"))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| BCP | 0 | 1 | 0.050 | {NOTHING} |" in text
+    assert "Holm for 2 rows" in text
+
+
 @pytest.mark.usefixtures("untracked")
 def test_table_says_which_code_and_which_machine_made_its_rows(
     data: Path, calls: list[list[str]], tmp_path: Path
 ) -> None:
     main(options(data, tmp_path / "out"))
-    assert "several versions" not in (tmp_path / "out" / "compare.md").read_text()
+    assert " versions of " not in (tmp_path / "out" / "compare.md").read_text()
     path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "abc+", "machine": "64 cores of another"}))
+    other = {"commit": "abc+", "machine": "64 cores of another", "configs": "def"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
     main(options(data, tmp_path / "out", "--only-table"))
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "several versions of the code" in text
     assert "abc+" in text
+    assert "Runs of the bundle student were made with 2 versions of its train.json" in text
     assert "; 64 cores of another; seeds 0" in text
 
 

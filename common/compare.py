@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from monai.bundle import ConfigParser
+
 from .comparison import Comparison
+from .data.checks import in_both, patient_key
 from .data.datalist import SECTIONS, case_name, first_path, load_section, read_datalist
 from .errors import BadInput
 from .files import write_atomically
@@ -30,6 +35,8 @@ __all__ = [
     "Recipe",
     "add_arguments",
     "check_earlier",
+    "check_settings",
+    "check_upper_bound",
     "choose_recipes",
     "describe",
     "main",
@@ -38,6 +45,7 @@ __all__ = [
 ]
 
 OWN, SUPERVISED, TEACHER, UPPER_BOUND = "distillation", "supervised", "teacher", "supervised_all"
+_WIDTH = 32
 _CONFIGS = ROOT / "bundles" / "student" / "configs"
 _TITLES = {
     OWN: "Distillation (own)",
@@ -272,13 +280,89 @@ def check_earlier(description: Mapping[str, Any], output: Path) -> dict[str, Any
     files = {**earlier["data"], **description["data"]}
     apart += [name for name, digest in earlier["data"].items() if digest != files[name]]
     both = {name: run for name, run in earlier["runs"].items() if name in description["runs"]}
-    apart += [f"run {name}" for name, run in both.items() if name in done and run != description["runs"][name]]
+    apart += [f"run {name}" for name in both if name in done and not _alike(both[name], description["runs"][name])]
     if apart:
         raise BadInput(
             f"--output {output}: it holds runs with other settings than now asked for ({', '.join(apart)}; see "
             f"{path}). Choose another folder, or give the same options."
         )
     return {**description, "data": files, "runs": {**earlier["runs"], **description["runs"]}}
+
+
+def _alike(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two descriptions of a run ask for the same; what it is called in a table is no setting."""
+    return {**run, "title": None} == {**other, "title": None}
+
+
+def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Refuse overrides that no run would notice.
+
+    Args:
+        settings: values by key.
+        description: of the study, as :func:`describe` gives it.
+
+    Raises:
+        BadInput: a key that none of the runs' configs has; of a component, which may have other arguments than those
+            that are written down, the part before the last ``#`` must be there.
+    """
+    plan = (description.get("plan") or {}).get("set", {})
+    unknown, keys = [key for key in settings if key not in plan], set(plan)
+    for bundle, overlays in {(run["bundle"], tuple(run["overlays"])) for run in description["runs"].values()}:
+        parser = ConfigParser()
+        folder = ROOT / "bundles" / bundle / "configs"
+        parser.read_config([str(folder / name) for name in ("train.json", "evaluate.json", *overlays)])
+        unknown = [key for key in unknown if not _is_known(parser, key.removeprefix("+"))]
+        keys.update(key for key in parser.get() if not key.startswith("_"))
+    for key in unknown:
+        close = get_close_matches(key, sorted(keys), 1)
+        raise BadInput(
+            f"--set {key}: none of the configs has it, so it would change nothing."
+            + (f" Do you mean {close[0]}?" if close else "")
+        )
+
+
+def _is_known(parser: ConfigParser, key: str) -> bool:
+    component = key.rpartition("#")[0]
+    return key in parser or (bool(component) and component in parser and "_target_" in parser[component])
+
+
+def check_upper_bound(datalist: Path, upper_bound: Path, section: str) -> None:
+    """Check that the row with all labels is evaluated on the cases of the other rows.
+
+    Args:
+        datalist: of the other rows.
+        upper_bound: of that row.
+        section: which is evaluated.
+
+    Raises:
+        BadInput: images or labels of the section differ.
+    """
+    ours, theirs = (
+        {tuple(_real_paths(entry[key]) for key in ("image", "label")) for entry in load_section(path, section)}
+        for path in (datalist, upper_bound)
+    )
+    if ours != theirs:
+        raise BadInput(
+            f"--upper-bound {upper_bound}: its `{section}` is not that of {datalist} ({len(ours ^ theirs)} cases are "
+            "in one of them alone), so its row could not be compared with the others. Give both the same cases."
+        )
+
+
+def _real_paths(value: str | Sequence[str]) -> tuple[str, ...]:
+    return tuple(os.path.realpath(path) for path in ([value] if isinstance(value, str) else value))
+
+
+def _transductive(datalist: Path, section: str) -> str | None:
+    """What to say beside the table where cases are evaluated that were learnt from without labels; else None."""
+    content = read_datalist(datalist)
+    learnt, evaluated = load_section(content, "unlabeled"), load_section(content, section)
+    keys = (patient_key, lambda entry: _real_paths(entry["image"])[0])
+    if not any(in_both(learnt, evaluated, key) for key in keys):
+        return None
+    return (
+        f"Transductive: cases of `{section}`, or others of their patients, are among the unlabelled images, from which "
+        "all rows but the supervised ones learnt without labels."
+    )
 
 
 def _digest(path: Path) -> str:
@@ -307,7 +391,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--momentum", type=float, help="likewise")
     parser.add_argument("--plan", type=Path, help="JSON overlay for every run; by default a plan is made for the data")
     parser.add_argument("--memory", help="memory of the device to plan for, like 8GB")
-    parser.add_argument("--width", type=int, default=32, help="channels of the planned network's first stage")
+    parser.add_argument("--width", type=int, help=f"channels of the planned network's first stage ({_WIDTH})")
     parser.add_argument("--max-width", type=int, help="most channels of a stage")
     parser.add_argument("--protocol", help="a published protocol instead of a plan, for instance left_atrium")
     parser.add_argument(
@@ -342,6 +426,13 @@ def _seeds(text: str) -> list[int]:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     """What the study is to plan; a given plan is taken as it is."""
+    wanted = {"width": options.width, "max_width": options.max_width, "memory": options.memory}
+    given = [key for key, value in wanted.items() if value is not None]
+    if given and (options.plan is not None or options.protocol is not None):
+        raise BadInput(
+            f"--{given[0].replace('_', '-')}: it is for a plan that is made, and with --plan or --protocol none is. "
+            "Leave it out, or set the plan's keys, such as `features`, by --set."
+        )
     if options.plan is not None:
         try:
             return {"set": json.loads(options.plan.read_text())}
@@ -349,8 +440,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
             raise BadInput(f"--plan {options.plan}: can't be read ({error}).") from error
     if options.protocol is not None:
         return None
-    wanted = {"width": options.width, "max_width": options.max_width, "memory": options.memory}
-    return {"datalist": options.datalist, **{key: value for key, value in wanted.items() if value is not None}}
+    return {"datalist": options.datalist, "width": _WIDTH, **{key: wanted[key] for key in given}}
 
 
 def main(options: argparse.Namespace) -> int:
@@ -363,13 +453,20 @@ def main(options: argparse.Namespace) -> int:
     settings = _settings(options.set)
     datalist, content = options.datalist, None
     if options.test_labels is None:
-        load_section(data / datalist, settings.get("section", "validation"))
+        section = settings.get("section", "validation")
+        note = _transductive(data / datalist, section)
+        if options.upper_bound is not None:
+            check_upper_bound(data / datalist, data / options.upper_bound, section)
     else:
         if options.upper_bound is not None or "section" in settings:
             raise BadInput("--test-labels: give neither --upper-bound, which would learn them, nor another section.")
         settings["section"] = "testing"
         content = with_test_labels(data / datalist, data / options.test_labels)
         datalist = str(output / "datalist.json")
+        note = (
+            "Transductive: tested on the unlabelled images, from which all rows but the supervised one learnt without "
+            "labels."
+        )
     optimizer = {"learning_rate": options.learning_rate, "momentum": options.momentum}
     description = describe(
         choose_recipes(options.recipes, read_recipes()),
@@ -383,11 +480,9 @@ def main(options: argparse.Namespace) -> int:
         options.protocol,
         options.datalist,
     )
-    if content is not None:
-        description["note"] = (
-            "Transductive: tested on the unlabelled images, from which all rows but the supervised one learnt without "
-            "labels."
-        )
+    check_settings(settings, description)
+    if note is not None:
+        description["note"] = note
     description["data"] = {name: _digest(data / name) for name in lists}
     rows = [name for name in description["runs"] if name != TEACHER]
     if options.reference not in rows:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .comparison_picture import save_comparison
+from .data.checks import patient_key
 from .data.datalist import case_name, load_section, read_datalist
 from .errors import BadInput
 from .files import write_atomically
@@ -22,7 +23,7 @@ from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
 from .report import markdown_table
 from .significance import holm, paired_test
 from .study import Run, Study
-from .tables import deployed_parameters, machine
+from .tables import best_among_equals, config_versions, deployed_parameters, machine
 
 __all__ = ["Comparison", "case_dice", "trained_parameters"]
 
@@ -49,6 +50,7 @@ _VOXELS = (
     "to the reference, not back."
 )
 _TESTS: list[dict[str, Any]] = [
+    {"key": "seeds", "title": "seeds", "better": None, "digits": 0},
     {"key": "cases", "title": "n", "better": None, "digits": 0},
     {"key": "difference", "title": "difference in Dice", "better": None, "digits": 3},
     {"key": "t_test", "title": "t-test p", "better": None},
@@ -73,13 +75,12 @@ def trained_parameters(path: Path) -> int | None:
 
 def case_dice(path: Path) -> dict[str, float]:
     """Mean Dice over structures of each case of a ``metrics.csv``; without cases that hold none."""
-    scores = {}
+    scores: dict[str, list[float]] = defaultdict(list)
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            values = [float(value) for key, value in row.items() if key.startswith("dice/") and value]
-            if values:
-                scores[row["case"]] = statistics.fmean(values)
-    return scores
+            # Several rows of one case are labels of other structures each.
+            scores[row["case"]] += [float(value) for key, value in row.items() if key.startswith("dice/") and value]
+    return {case: statistics.fmean(values) for case, values in scores.items() if values}
 
 
 def _p_value(p: float) -> str | None:
@@ -138,6 +139,7 @@ class Comparison:
         return {
             "machine": "; ".join(dict.fromkeys(record.get("machine") or machine() for record in records)) or machine(),
             "commits": sorted({str(record.get("commit")) for record in records}),
+            "config_versions": config_versions(self.study),
         }
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -198,7 +200,8 @@ class Comparison:
 
         Each pair is compared over the seeds that both rows have.
         """
-        units = {case: str(entry.get("patient") or case) for case, entry in self.cases.items()}
+        patients = {case: patient_key(entry) for case, entry in self.cases.items()}
+        units = {case: case if patient is None else f"patient {patient}" for case, patient in patients.items()}
         found = []
         for run in self.runs:
             done = [self.study.records_by_seed(r) for r in (run, self.reference)]
@@ -232,11 +235,10 @@ class Comparison:
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
         if len(content["commits"]) > 1:
             lines += [f"Rows were trained by several versions of the code: {', '.join(content['commits'])}.", ""]
-        # Distances leave failed cases out: no reason to be the best.
-        unfair: tuple[str, ...] = ("hd95", "asd") if any(row["failed"] not in (None, "0") for row in rows) else ()
+        for sentence in content["config_versions"]:
+            lines += [sentence, ""]
         columns = _TABLE[:6] + (_IN_VOXELS if self.study.description.get("protocol") else []) + _TABLE[6:]
-        columns = [{**column, "better": None} if column["key"].startswith(unfair) else column for column in columns]
-        lines += [markdown_table(columns, rows), ""]
+        lines += [markdown_table(best_among_equals(columns, rows), rows), ""]
         if "note" in self.study.description:
             lines += [self.study.description["note"], ""]
         if any(run.teacher for run in self.runs):
@@ -254,17 +256,22 @@ class Comparison:
             lines += [markdown_table(columns, rows), ""]
         reference = self.reference.title or self.reference.name
         if content["tests"]:
-            unit = "patient" if any(entry.get("patient") for entry in self.cases.values()) else "case"
+            unit = "patient" if any(patient_key(entry) is not None for entry in self.cases.values()) else "case"
             lines += [f"### Against {reference}", ""]
             tests = [
                 {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}
                 for test in content["tests"]
             ]
-            lines += [markdown_table(_TESTS, [{**test, "cases": str(test["cases"])} for test in tests]), ""]
+            texts = [
+                {"cases": str(test["cases"]), "seeds": ", ".join(map(str, test["seeds"]))} for test in content["tests"]
+            ]
+            lines += [markdown_table(_TESTS, [{**test, **text} for test, text in zip(tests, texts, strict=True)]), ""]
+            count = sum(math.isfinite(test["t_test"]) for test in content["tests"])
             lines += [
-                f"Paired over the {unit}s (n), whose Dice is averaged over structures and seeds: two-sided p of the "
-                f"paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for {len(tests)} rows. They "
-                "say whether a difference would hold on other cases, not how much training again would change it.",
+                f"Paired over the {unit}s (n), whose Dice is averaged over structures and the seeds that both rows "
+                "have: two-sided p of the paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for "
+                f"{count} rows. They say whether a difference would hold on other cases, not how much training again "
+                "would change it.",
                 "",
             ]
         if content["picture"]:

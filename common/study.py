@@ -41,7 +41,7 @@ from .planning import make_plan, parse_memory
 from .provenance import git_state
 from .tables import machine, markdown
 
-__all__ = ["Run", "Study", "add_arguments", "bundle_command", "main"]
+__all__ = ["Run", "Study", "add_arguments", "bundle_command", "config_digest", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _PARENTS = {"teacher": "teacher_path", "student": "student_path"}
@@ -220,6 +220,7 @@ class Study:
         folder = self.folder(run, seed)
         commands = self.commands(run, seed)
         identity = self._identity(run, seed, commands)
+        configs = config_digest(ROOT / "bundles" / run.bundle / "configs")  # before they may change
         if self.record(run, seed).get("identity") == identity:
             return
         for parent in run.parents:
@@ -249,6 +250,7 @@ class Study:
         content = {
             "identity": identity,
             "commit": _commit(),
+            "configs": configs,
             "machine": machine(),
             "train_seconds": sum(seconds[:-1], earlier or 0.0),
             "test_seconds": seconds[-1],
@@ -274,8 +276,8 @@ class Study:
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
         """Fingerprint of a run's options and datalist: with another one it must be run again.
 
-        The code and the images are not in it, so that a study can be continued after a correction elsewhere. What a
-        run was made with is in its record.
+        The code, the bundles' own configs and the images are not in it, so that a study can be continued after a
+        correction elsewhere. What a run was made with is in its record.
         """
         text = json.dumps([command[1:] for command in commands])
         for place in (self.output, self.data, ROOT):  # results stay true when their folder moves
@@ -347,6 +349,17 @@ class Study:
     def records(self, run: Run) -> list[dict[str, Any]]:
         """What is known of a run, a dict a seed that is done."""
         return list(self.records_by_seed(run).values())
+
+
+def config_digest(folder: Path) -> str:
+    """Fingerprint of what a bundle's ``train.json`` and ``evaluate.json`` decide; comments at their top are left out.
+
+    Args:
+        folder: the bundle's ``configs``.
+    """
+    contents = [json.loads((folder / name).read_text()) for name in ("train.json", "evaluate.json")]
+    decided = [{key: value for key, value in content.items() if not key.startswith("_")} for content in contents]
+    return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
 
 
 def _commit() -> str | None:

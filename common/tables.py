@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .study import Study
 
 __all__ = [
+    "best_among_equals",
+    "config_versions",
     "cost_table",
     "deployed_parameters",
     "gap_table",
@@ -57,7 +60,17 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
     columns.append({"key": "hd95", "title": "mean HD95 [mm]", "better": "lower", "digits": 2})
     columns += [{"key": f"hd95/{name}", "title": f"HD95 {name} [mm]", "better": "lower", "digits": 2} for name in names]
     columns.append({"key": "failed", "title": "failed", "better": None, "digits": 0})
-    return columns, rows
+    return best_among_equals(columns, rows), rows
+
+
+def best_among_equals(columns: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The columns, without a best distance where a row has ``failed`` cases: distances leave those out."""
+    if all(row["failed"] in (None, "0") for row in rows):
+        return [dict(column) for column in columns]
+    return [
+        {**column, "better": None if column["key"].startswith(("hd95", "asd")) else column["better"]}
+        for column in columns
+    ]
 
 
 def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -166,6 +179,21 @@ def gap_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
     return columns, rows
 
 
+def config_versions(study: Study) -> list[str]:
+    """A sentence a bundle of which some runs were made with other configs of its own than others.
+
+    Of runs whose record says nothing of their configs, as earlier ones', nothing is known.
+    """
+    found: dict[str, set[str]] = {}
+    for run in study.runs.values():
+        found.setdefault(run.bundle, set()).update(r["configs"] for r in study.records(run) if r.get("configs"))
+    return [
+        f"Runs of the bundle {bundle} were made with {len(versions)} versions of its train.json and evaluate.json."
+        for bundle, versions in found.items()
+        if len(versions) > 1
+    ]
+
+
 def measured_targets(study: Study) -> list[str]:
     """Names of the targets that any run measured."""
     found: dict[str, None] = {}
@@ -183,6 +211,8 @@ def markdown(study: Study) -> str:
     if "note" in study.description:
         lines += [study.description["note"], ""]
     lines += [f"{machine()}; seeds {', '.join(map(str, study.seeds))}.", ""]
+    for sentence in config_versions(study):
+        lines += [sentence, ""]
     columns, rows = segmentation_table(study)
     if rows:
         lines += [markdown_table(columns, rows), ""]

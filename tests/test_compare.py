@@ -14,8 +14,9 @@ import torch
 from matplotlib.image import imread
 from mlflow import MlflowClient
 
+from common import compare as compare_module
 from common import study as study_module
-from common.compare import add_arguments, choose_recipes, describe, main, read_recipes
+from common.compare import _plan, add_arguments, check_settings, choose_recipes, describe, main, read_recipes
 from common.comparison import Comparison, case_dice, trained_parameters
 from common.comparison_picture import _slices, _window
 from common.errors import BadInput
@@ -23,8 +24,10 @@ from common.report import NOTHING
 from common.study import ROOT
 from common.tables import deployed_parameters
 
-CASES = ("a", "b", "c", "d")
-PATIENTS = {"a": "p", "b": "p", "c": "q", "d": "r"}
+#: cases as results name them, and their files; what is named by its folder lies in a file that is called as another is
+FILES = {"a_image": "a/image", "b_image": "b/image", "c": "c", "d": "d"}
+CASES = tuple(FILES)
+PATIENTS = {"a_image": 0, "b_image": "0", "c": "q", "d": "r"}
 NUMBERS = {"dice": 0.0, "jaccard": 0.5, "hd95": 3.0, "asd": 1.0}
 NUMBERS |= {"hd95_pooled": 2.5, "hd95_pooled_voxels": 2.0, "asd_voxels": 0.5}
 #: Dice of each case by run, before what a seed adds
@@ -51,13 +54,19 @@ def data(tmp_path: Path) -> Path:
     folder.mkdir()
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:5, 2:6, 1:3] = 1
-    for case in CASES:
-        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{case}.nii")
-        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{case}_label.nii")
-    entries = [{"image": f"{c}.nii", "label": f"{c}_label.nii", "patient": PATIENTS[c]} for c in CASES]
-    content = {"training": entries[:1], "unlabeled": [{"image": "b.nii"}, {"image": "c.nii"}], "validation": entries}
+    for file in FILES.values():
+        (folder / file).parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{file}.nii")
+        nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{file}_label.nii")
+    entries = [{"image": f"{f}.nii", "label": f"{f}_label.nii", "patient": PATIENTS[c]} for c, f in FILES.items()]
+    unlabeled = [{"image": f"{FILES[case]}.nii"} for case in ("b_image", "c")]
+    content = {"training": entries[:1], "unlabeled": unlabeled, "validation": entries}
     (folder / "datalist.json").write_text(json.dumps(content))
-    (folder / "full.json").write_text(json.dumps({**content, "training": entries[:3], "unlabeled": []}))
+    everything = {**content, "training": entries[:3], "unlabeled": []}
+    (folder / "full.json").write_text(json.dumps(everything))
+    (folder / "other_cases.json").write_text(json.dumps({**everything, "validation": entries[2:]}))
+    relabelled = {**entries[3], "label": entries[2]["label"]}
+    (folder / "other_labels.json").write_text(json.dumps({**everything, "validation": [*entries[:3], relabelled]}))
     return folder
 
 
@@ -107,7 +116,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "predictions").mkdir(exist_ok=True)
         for case in CASES:
-            nibabel.save(nibabel.load(data / f"{case}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
+            nibabel.save(nibabel.load(data / f"{FILES[case]}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
         return 0
 
     monkeypatch.setattr(study_module, "_call", fake)
@@ -206,13 +215,13 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
 
     tests = {test["run"]: test for test in content["tests"]}
     assert set(tests) == {"supervised", "bcp", "supervised_all"}
-    # Patients: p has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
+    # Patients: 0 has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
     assert (tests["bcp"]["cases"], tests["bcp"]["seeds"]) == (3, [0, 1])
     assert tests["bcp"]["difference"] == pytest.approx((-0.05 + 0.05 - 0.1) / 3)
     assert tests["bcp"]["t_test_holm"] == pytest.approx(tests["bcp"]["t_test"])
     assert tests["supervised"]["t_test_holm"] == pytest.approx(3 * tests["supervised"]["t_test"])
     # The middle of 0.7, 0.8, 0.85 and 0.9, the lower of the two.
-    assert content["picture"] == {"case": "a", "seed": 0}
+    assert content["picture"] == {"case": "a_image", "seed": 0}
     # Six panels, two slices.
     height, width, _ = imread(output / "compare.png").shape
     assert (width, height) == (1140, 410)
@@ -246,18 +255,35 @@ def test_a_picture_that_fails_keeps_no_figures_back(
     assert "Not done: picture: a_seg.nii.gz lies on another grid" in text
 
 
+@pytest.mark.usefixtures("untracked", "calls")
+def test_tests_name_their_seeds_and_are_corrected_for_those_that_there_are(data: Path, tmp_path: Path) -> None:
+    arguments = ("--seeds", "0,1", "--upper-bound", "full.json")
+    main(options(data, tmp_path / "out", *arguments))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "| BCP | 0, 1 | 3 | -0.033 |" in text
+    assert "Holm for 3 rows" in text
+    (tmp_path / "out" / "bcp" / "seed1" / "record.json").unlink()
+    (tmp_path / "out" / "bcp" / "seed0" / "test" / "metrics.csv").write_text("case,dice/wall\nc,0.9\n")
+    main(options(data, tmp_path / "out", *arguments, "--only-table"))
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert f"| BCP | 0 | 1 | 0.050 | {NOTHING} |" in text
+    assert "Holm for 2 rows" in text
+
+
 @pytest.mark.usefixtures("untracked")
 def test_table_says_which_code_and_which_machine_made_its_rows(
     data: Path, calls: list[list[str]], tmp_path: Path
 ) -> None:
     main(options(data, tmp_path / "out"))
-    assert "several versions" not in (tmp_path / "out" / "compare.md").read_text()
+    assert " versions of " not in (tmp_path / "out" / "compare.md").read_text()
     path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "commit": "abc+", "machine": "64 cores of another"}))
+    other = {"commit": "abc+", "machine": "64 cores of another", "configs": "def"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
     main(options(data, tmp_path / "out", "--only-table"))
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "several versions of the code" in text
     assert "abc+" in text
+    assert "Runs of the bundle student were made with 2 versions of its train.json" in text
     assert "; 64 cores of another; seeds 0" in text
 
 
@@ -298,15 +324,60 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
     output = tmp_path / "out"
     assert main(options(data, output, "--test-labels", "full.json")) == 0
     content = json.loads((output / "datalist.json").read_text())
-    assert [Path(entry["label"]).name for entry in content["testing"]] == ["b_label.nii", "c_label.nii"]
+    labels = [str(data / f"{FILES[case]}_label.nii") for case in ("b_image", "c")]
+    assert [entry["label"] for entry in content["testing"]] == labels
     assert [list(entry) for entry in content["unlabeled"]] == [["image"], ["image"]], "no training sees these labels"
-    assert [Path(entry["image"]).name for entry in content["training"]] == ["a.nii"]
+    assert [entry["image"] for entry in content["training"]] == [str(data / "a" / "image.nii")]
     assert "validation" not in content
     assert {option(command, "datalist") for command in calls} == {str(output / "datalist.json")}
     assert {option(command, "section") for command in calls} == {"testing"}
     result = json.loads((output / "compare.json").read_text())
     assert "Transductive" in result["note"]
     assert result["note"] in (output / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tested", "is_transductive"),
+    [
+        ({"image": "c.nii"}, True),
+        ({"image": "a/image.nii", "patient": "Q"}, True),
+        ({"image": "a/image.nii", "patient": "p"}, False),
+    ],
+)
+@pytest.mark.usefixtures("untracked", "calls")
+def test_tables_of_cases_that_were_learnt_from_say_so(
+    tested: dict[str, str], is_transductive: bool, data: Path, tmp_path: Path
+) -> None:
+    """By their image, or by their patient, however it is written."""
+    content = json.loads((data / "datalist.json").read_text())
+    content["unlabeled"][1]["patient"] = "q"
+    (data / "datalist.json").write_text(json.dumps({**content, "testing": [{**tested, "label": "d_label.nii"}]}))
+    main(options(data, tmp_path / "out", "--set", "section=testing"))
+    assert ("Transductive" in (tmp_path / "out" / "compare.md").read_text()) == is_transductive
+
+
+def test_a_key_of_any_config_may_be_set_and_an_argument_of_any_component() -> None:
+    description = describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1)
+    known = ("threshold", "section", "train#trainer#max_epochs", "inferer#stride", "train#method#box", "edges")
+    check_settings(dict.fromkeys(known), {**description, "plan": {"set": {"edges": 1}}})
+
+
+@pytest.mark.usefixtures("untracked")
+def test_a_run_may_get_another_title(
+    data: Path, calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(options(data, tmp_path / "out"))
+    count = len(calls)
+    monkeypatch.setitem(compare_module._TITLES, "bcp", "Copy and paste")
+    assert main(options(data, tmp_path / "out")) == 0
+    assert len(calls) == count
+    assert "| Copy and paste | 1 | 2 | 0.775 |" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Path) -> None:
+    given = options(data, tmp_path / "out", "--memory", "8GB")
+    given.plan = None
+    assert _plan(given) == {"datalist": "datalist.json", "width": 32, "memory": "8GB"}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +393,13 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
         (["--datalist", "none.json"], "none.json"),
         (["--upper-bound", "none.json"], "none.json"),
         (["--test-labels", "none.json"], "none.json"),
+        (["--upper-bound", "other_cases.json"], "2 cases are in one of them alone"),
+        (["--upper-bound", "other_labels.json"], "its `validation` is not that of"),
+        (["--set", "mirror_axis=[0]"], "--set mirror_axis: none of the configs has it.*mirror_axes"),
+        (["--set", "train#method#decay#of=1"], "none of the configs has it"),
+        (["--width", "32"], "--width: it is for a plan that is made"),
+        (["--max-width", "64"], "--max-width"),
+        (["--memory", "8GB"], "--memory"),
         (["--test-labels", "full.json", "--upper-bound", "full.json"], "would learn them"),
         (["--test-labels", "datalist.json"], "lacks 2 of the images"),
     ],
@@ -357,8 +435,9 @@ def test_counts_and_scores_come_from_the_files(tmp_path: Path) -> None:
     state = {"optimizer": {"param_groups": [], "state": {0: {"momentum_buffer": None}}}}
     torch.save({"state": state}, tmp_path / "checkpoint.pt")
     assert trained_parameters(tmp_path / "checkpoint.pt") is None
-    (tmp_path / "metrics.csv").write_text("case,dice/a,dice/b,hd95/a,failed\nx,0.5,1.0,9,\ny,,0.25,9,\nz,,,,\n")
-    assert case_dice(tmp_path / "metrics.csv") == {"x": 0.75, "y": 0.25}
+    rows = ("case,dice/a,dice/b,hd95/a,failed", "x,0.5,1.0,9,", "y,,0.25,9,", "z,,,,", "v,0.5,,,", "v,,0.7,,")
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    assert case_dice(tmp_path / "metrics.csv") == {"x": 0.75, "y": 0.25, "v": pytest.approx(0.6)}
 
 
 def test_slices_lie_in_the_structure_and_the_window_hides_no_prediction() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from common import study as module
 from common.errors import BadInput
-from common.study import ROOT, Study, main, read_study
+from common.study import ROOT, Study, config_digest, main, read_study
 from common.tables import cost_table, gap_table, markdown, measured_targets, regression_table, segmentation_table
 
 DESCRIPTION = {
@@ -224,6 +224,30 @@ def test_a_record_names_the_code_that_made_it(study: Study, calls: list[list[str
         assert re.fullmatch(r"[0-9a-f]{40}\+?", expected)
 
 
+def test_tables_say_where_runs_were_made_with_several_configs(study: Study, calls: list[list[str]]) -> None:
+    study.run_all()
+    assert study.record(study.runs["teacher"], 0)["configs"] == config_digest(ROOT / "bundles" / "teacher" / "configs")
+    paths = [study.folder(study.runs["teacher"], seed) / "record.json" for seed in (0, 1)]
+    first, second = (json.loads(path.read_text()) for path in paths)
+    assert "versions" not in markdown(study)
+    paths[1].write_text(json.dumps({**second, "configs": "others"}))
+    assert "Runs of the bundle teacher were made with 2 versions of its train.json" in markdown(study)
+    del first["configs"]
+    paths[0].write_text(json.dumps(first))
+    assert "versions" not in markdown(study), "of an earlier record's configs nothing is known"
+
+
+def test_a_digest_of_configs_is_that_of_their_decisions(tmp_path: Path) -> None:
+    train, evaluate = tmp_path / "train.json", tmp_path / "evaluate.json"
+    train.write_text('{"decay": 0.9}')
+    evaluate.write_text("{}")
+    before = config_digest(tmp_path)
+    train.write_text('{"_comment": "slow",\n "decay": 0.9}')
+    assert config_digest(tmp_path) == before
+    evaluate.write_text('{"largest_component": true}')
+    assert config_digest(tmp_path) != before
+
+
 def test_a_checkout_that_is_none_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROOT", tmp_path)
     assert module._commit() is None
@@ -241,6 +265,21 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     _, rows = regression_table(study, "thickness")
     assert rows[0]["voxels/mae"] == [1.0, 1.0]
     assert "supervised" in markdown(study)
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_no_distance_is_the_best_beside_a_failure(failed: int, tmp_path: Path) -> None:
+    study = Study({"runs": {name: {"bundle": "teacher", "epochs": 1} for name in "ab"}}, tmp_path, tmp_path)
+    for run, hd95 in zip(study.runs.values(), (2.0, 3.0), strict=True):
+        label = {"dice": {"mean": hd95 / 4}, "hd95": {"mean": hd95}, "failed": failed * (run.name == "a")}
+        summary = {"labels": {"wall": label}, "mean_dice": hd95 / 4, "targets": {}}
+        folder = study.folder(run, 0)
+        folder.mkdir(parents=True)
+        record = {"train_seconds": 1, "test_seconds": 1, "summary": summary}
+        (folder / "record.json").write_text(json.dumps(record))
+    text = markdown(study)
+    assert ("**2.00**" in text) == (not failed)
+    assert "**0.750**" in text
 
 
 def test_numbers_a_case_have_a_table_too(tmp_path: Path) -> None:

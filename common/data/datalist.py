@@ -23,12 +23,23 @@ from typing import Any
 from ..errors import BadInput
 from .grids import VOLUME_SUFFIXES, PathOrPaths
 
-__all__ = ["CHANNEL", "SECTIONS", "case_keys", "case_name", "first_path", "is_path", "load_section", "read_datalist"]
+__all__ = [
+    "CHANNEL",
+    "SECTIONS",
+    "case_keys",
+    "case_name",
+    "first_path",
+    "is_path",
+    "load_section",
+    "read_datalist",
+    "with_names",
+]
 
 SECTIONS = ("training", "unlabeled", "validation", "testing")
 CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")  # nnU-Net's names of files, one a channel
 _SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES, ".dcm")
 _IMAGE_ONLY = ("unlabeled",)
+_EVALUATED = ("validation", "testing")
 _MOST_FILES = 5
 
 
@@ -63,6 +74,44 @@ def _without_suffix(name: str) -> str:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return name
+
+
+def with_names(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Cases whose names are alike get the names of parent folders in front: of one, or of as few as tell them apart.
+
+    Their new name is their ``case_name``. Cases of one image are one case, and keep one name.
+
+    Args:
+        cases: entries, each with its ``image``.
+
+    Raises:
+        BadInput: no folder tells two cases apart.
+    """
+    named = [dict(case) for case in cases]
+    of_name: dict[str, dict[str, str]] = {}  # the first file of each image
+    for case in named:
+        of_name.setdefault(case_name(case), {})[str(case["image"])] = first_path(case["image"])
+    taken = set(of_name)
+    for name, images in of_name.items():
+        if len(images) == 1:
+            continue
+        parents = [Path(path).absolute().parts[1:-1][::-1] for path in images.values()]
+        levels = range(max(map(len, parents)))
+        for chosen in (*(slice(level, level + 1) for level in levels), *(slice(level + 1) for level in levels)):
+            names = ["_".join((*reversed(folders[chosen]), name)) for folders in parents]
+            if len(set(names)) == len(names) and not taken.intersection(names):
+                break
+        else:
+            raise BadInput(
+                f"{' and '.join(list(images.values())[:2])} are both named {name!r}, and what is written for one would "
+                "replace what is written for the other. Rename one of them, or give them one by one, each an output "
+                "folder."
+            )
+        new = dict(zip(images, names, strict=True))
+        for case in (case for case in named if case_name(case) == name):
+            case["case_name"] = new[str(case["image"])]
+        taken.update(names)
+    return named
 
 
 def case_keys(targets: Sequence[Mapping[str, Any]] = (), label: bool = True) -> list[str]:
@@ -161,13 +210,15 @@ def load_section(
         keys: what every entry must have; ``unlabeled`` is only asked for ``image``, whatever ``keys`` says.
         required: whether an empty or absent section is an error.
         optional: keys that are taken along where an entry has them (besides ``annotated`` and ``patient``).
-        exist: whether an absent file is an error.
+        exist: whether an absent file is an error. Where it is none, nothing is evaluated, and names may be alike.
 
     Returns:
-        One dict an entry. Empty when the section is and ``required`` is False.
+        One dict an entry. Empty when the section is and ``required`` is False. Entries of ``validation`` and
+        ``testing`` whose files have one name have a ``case_name``, too, see :func:`with_names`.
 
     Raises:
-        BadInput: the section is unknown or (if ``required``) empty, an entry lacks a key, or files do not exist.
+        BadInput: the section is unknown or (if ``required``) empty, an entry lacks a key, files do not exist, or cases
+            to evaluate can't be told apart.
     """
     content = datalist if isinstance(datalist, Mapping) else read_datalist(datalist)
     name = content.get("path", "datalist")
@@ -206,7 +257,7 @@ def load_section(
             f"datalist {name}: {len(absent)} file(s) of `{section}` do not exist: {shown}{more}. "
             f"Paths are taken relative to {folder}"
         )
-    return loaded
+    return with_names(loaded) if exist and section in _EVALUATED else loaded
 
 
 _ADVICE = {

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput
-from .datalist import case_name, load_section
+from .datalist import load_section, with_names
 from .grids import PICTURE, VOLUME_SUFFIXES, is_picture
 
 __all__ = ["find_cases"]
@@ -26,30 +24,6 @@ def _is_dicom(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(128)
         return file.read(4) == b"DICM"
-
-
-def _with_names(cases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Cases whose names are alike get the names of parent folders in front: of one, or of as few as tell them apart."""
-    named = [dict(case) for case in cases]
-    taken = Counter(map(case_name, cases))
-    for name in [name for name, count in taken.items() if count > 1]:
-        alike = [case for case in named if case_name(case) == name]
-        images = [case["image"] if isinstance(case["image"], str) else case["image"][0] for case in alike]
-        parents = [Path(image).absolute().parts[1:-1][::-1] for image in images]
-        levels = range(max(map(len, parents)))
-        for chosen in (*(slice(level, level + 1) for level in levels), *(slice(level + 1) for level in levels)):
-            names = ["_".join((*reversed(folders[chosen]), name)) for folders in parents]
-            if len(set(names)) == len(names) and not taken.keys() & names:
-                break
-        else:
-            raise BadInput(
-                f"{' and '.join(images[:2])} are both named {name!r}, and what is written for one would replace what "
-                "is written for the other. Rename one of them, or give them one by one, each an output folder."
-            )
-        for case, new in zip(alike, names, strict=True):
-            case["case_name"] = new
-        taken.update(names)
-    return named
 
 
 def find_cases(
@@ -107,7 +81,7 @@ def find_cases(
             )
         cases = _in_folder(path, channels, results, key)
     faults = [case for case in cases if "fault" in case]  # of which nothing is written, whatever they are called
-    return [*_with_names([case for case in cases if "fault" not in case]), *faults]
+    return [*with_names([case for case in cases if "fault" not in case]), *faults]
 
 
 def _in_folder(folder: Path, channels: int, results: Path | None, key: str) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DeepSupervisionLoss, DiceLoss
+from monai.losses import DeepSupervisionLoss
 from monai.networks import one_hot
 from monai.networks.layers import separable_filtering
 from monai.networks.layers.convutils import gaussian_1d
@@ -119,19 +119,24 @@ class DifficultyWeights(nn.Module):
         average.copy_(torch.where(where, torch.lerp(average, value, 1 / self.window), average))
 
 
-def weighted_loss(logits: Sequence[Tensor], label: Tensor, weights: Tensor) -> Tensor:
-    """Dice + cross-entropy under deep supervision, as :class:`~common.losses.SegmentationLoss`, with a weight a class.
+def weighted_loss(
+    logits: Sequence[Tensor], label: Tensor, weights: Tensor, segmentation_loss: SegmentationLoss | None = None
+) -> Tensor:
+    """Dice + cross-entropy under deep supervision with a weight a class; weights of 1 give ``segmentation_loss``.
 
     Args:
         logits: (B, K, *spatial) each, high to low resolution.
         label: (B, 1, *spatial), class ids.
         weights: (K,), above 0. The cross-entropy is divided by the sum of its voxels' weights, the Dice is not.
+        segmentation_loss: of Dice and cross-entropy; by default as nnU-Net has it.
     """
-    dice = DiceLoss(include_background=False, to_onehot_y=True, softmax=True, batch=True, reduction="none")
+    plain = segmentation_loss or SegmentationLoss()
+    of_dice = weights if plain.include_background else weights[1:]
 
     def of_level(output: Tensor, target: Tensor) -> Tensor:
         cross_entropy = F.cross_entropy(output, target.squeeze(1).long(), weight=weights)
-        return cross_entropy + (weights[1:] * dice(output, target).flatten()).mean()
+        dice = plain.dice(output.softmax(1), one_hot(target, output.shape[1]))
+        return cross_entropy + (of_dice * dice.flatten(0 if plain.batch_dice else 1)).mean()
 
     with torch.autocast(device_type=label.device.type, enabled=False):
         weights_of_levels = deep_supervision_weights(len(logits))
@@ -183,7 +188,7 @@ class AggregatingDecoupling(Method):
         network: a :class:`~common.networks.SegmentationNetwork` or a V-Net. Its encoder is the shared one and its
             decoder is theta; xi, psi and what else they need is added beside them.
         class_names: names of the classes, background first, for the log.
-        segmentation_loss: Dice + cross-entropy of the unweighted terms.
+        segmentation_loss: Dice + cross-entropy; psi's has the classes' weights in it.
         unlabeled_weight: mu.
         ramp_up: length of mu's sigmoid ramp-up as a fraction of the run.
         decay: share of itself that theta keeps when it is moved towards xi and psi, before every step.
@@ -221,7 +226,7 @@ class AggregatingDecoupling(Method):
         self.network = AggregatingDecouplingNetwork(network, diffusion)
         self._inference = (network,)  # in a tuple, or its weights would stand in the state twice
         self.class_names = list(class_names)
-        self.segmentation_loss = segmentation_loss or SegmentationLoss()
+        self.segmentation_loss: SegmentationLoss = segmentation_loss or SegmentationLoss()
         self.difficulty = DifficultyWeights(self.network.num_classes, window) if difficulty_weights else None
         self.scheduler = DDPMScheduler(DIFFUSION_STEPS, "linear_beta", beta_start=1e-4, beta_end=0.02)
         self.unlabeled_weight = unlabeled_weight
@@ -274,7 +279,7 @@ class AggregatingDecoupling(Method):
             weights = self.difficulty((by_xi or by_psi)[0], label)
             if not self.weigh_background:
                 weights[0] = weights[1:].mean()
-            terms["difficulty"] = weighted_loss(by_psi, label, weights)
+            terms["difficulty"] = weighted_loss(by_psi, label, weights, self.segmentation_loss)
 
         pseudo_label = self.pseudo_label(unlabeled, unlabeled_features)
         terms["unlabeled"] = self.segmentation_loss(theta.logits(theta(unlabeled_features)), pseudo_label)

@@ -32,7 +32,9 @@ __all__ = ["BidirectionalCopyPaste", "box_mask"]
 
 
 def box_mask(size: Sequence[int], fraction: float, device: torch.device | None = None) -> Tensor:
-    """The mask M: (1, 1, *size), bool, False in a box and True around it; the box is anywhere, as in the paper's code.
+    """The mask M: (1, 1, *size), bool, False in a box and True around it.
+
+    The box is anywhere, as in the paper's code; the paper's text calls the mask "zero-centered".
 
     Args:
         size: voxels a spatial axis.

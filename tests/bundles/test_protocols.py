@@ -133,6 +133,24 @@ def test_crops_lie_anywhere_and_are_turned_and_mirrored_in_the_plane(
     assert 0.45 < upright < 0.55, "all four turns are equally frequent"
 
 
+@pytest.mark.parametrize("recipe", ["aggregating_decoupling", "bcp", "distillation", "supervised"])
+def test_crops_lie_anywhere_with_equal_probability_for_all_rows(recipe: str) -> None:
+    """Whatever the recipe's augmentation is, and wherever the structure lies: here in a corner."""
+    found = read_recipes().get(recipe)
+    if found is None:
+        parser = parsed("teacher", "train.json", *_protocol("left_atrium", "teacher"))
+    else:
+        parser = parsed("student", "train.json", *found.overlays, *_protocol("left_atrium", "student", found))
+    parser["patch_size"] = [2, 2, 2]
+    crop = parser.get_parsed_content("train#crop").set_random_state(0)
+    volume = torch.arange(36).reshape(1, 3, 3, 4)
+    case = {"image": MetaTensor(volume.float()), "label": MetaTensor((volume == 0).to(torch.uint8))}
+    draws = [int(common.transforms.chain(crop)(dict(case))["image"].min()) for _ in range(600)]
+    counts = [draws.count(start) for start in set(draws)]
+    assert len(counts) == 2 * 2 * 3
+    assert max(counts) < 80, "of 50 each"
+
+
 @pytest.mark.parametrize("bundle", ["teacher", "student"])
 def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice(bundle: str) -> None:
     parser = parsed(bundle, "train.json", LEFT_ATRIUM)

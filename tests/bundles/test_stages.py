@@ -160,6 +160,28 @@ def test_evaluation_writes_table_and_summary(chain: Chain, tmp_path: Path) -> No
     assert {"mae", "rmse", "r2"} <= set(summary["targets"]["thickness"]["case_means"])
 
 
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_cases_whose_files_have_one_name_are_measured_apart(
+    bundle: str, chain: Chain, workflow: Callable[..., None], tmp_path: Path
+) -> None:
+    content = json.loads((chain.data / "datalist.json").read_text())
+    for index, entry in enumerate(content["validation"]):
+        for key in ("image", "label", "thickness"):
+            link = tmp_path / f"p{index}" / f"{key}.nii.gz"
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(chain.data / entry[key])
+            entry[key] = str(link)
+    (tmp_path / "datalist.json").write_text(json.dumps({**content, "training": [], "unlabeled": []}))
+    names, measured = ("train.json", "evaluate.json"), tmp_path / "measured"
+    settings = {"dataset_dir": str(tmp_path), "output_dir": str(measured)}
+    settings["postprocessing#output_dir"] = str(tmp_path / "predicted")
+    workflow(bundle, names=names, **settings, ckpt_dir=str(chain.model(bundle).parent))
+    rows = (measured / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["case", "p0_image", "p1_image"]
+    maps = {path.name for path in (tmp_path / "predicted").glob("*_seg.nii.gz")}
+    assert maps == {"p0_image_seg.nii.gz", "p1_image_seg.nii.gz"}
+
+
 @pytest.mark.parametrize("bundle", ["teacher", "student"])
 def test_the_stages_before_predict_and_are_measured_alone(
     bundle: str, chain: Chain, turned: Path, workflow: Callable[..., None], tmp_path: Path

@@ -95,6 +95,28 @@ def test_sections_have_absolute_paths_relative_to_the_datalist(tmp_path):
     assert load_section(read_datalist(path), "unlabeled") == [{"image": image}]
 
 
+def test_cases_to_evaluate_are_told_apart_by_their_folders(tmp_path):
+    """A label a structure makes two entries of one image, which stay one case; a training needs no names."""
+    paths = [f"{patient}/ct.nii.gz" for patient in ("p1", "p2", "p2")] + ["p2/mr.nii.gz"]
+    entries = [{"image": path, "label": path} for path in paths]
+    for path in paths:
+        write(tmp_path / path)
+    path = write_datalist(tmp_path, training=entries, validation=entries, testing=entries)
+    for section in ("validation", "testing"):
+        loaded = load_section(path, section)
+        assert [case_name(entry) for entry in loaded] == ["p1_ct", "p2_ct", "p2_ct", "mr"]
+        assert "case_name" not in loaded[3]
+    assert [set(entry) for entry in load_section(path, "training")] == [{"image", "label"}] * 4
+
+
+def test_cases_to_evaluate_that_nothing_tells_apart(tmp_path):
+    files = [write(tmp_path / name) for name in ("ct.nii.gz", "ct.nii")]
+    path = write_datalist(tmp_path, testing=[{"image": file} for file in files])
+    with pytest.raises(BadInput, match=r"ct\.nii\.gz and .*ct\.nii are both named 'ct'"):
+        load_section(path, "testing", keys=["image"])
+    assert len(load_section(path, "testing", keys=["image"], exist=False)) == 2, "a look at them is no evaluation"
+
+
 def test_sections_that_lack_something(tmp_path):
     write(tmp_path / "a.nii.gz")
     path = write_datalist(tmp_path, training=[{"image": "a.nii.gz"}], unlabeled=[])

@@ -13,16 +13,18 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, decollate_batch
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadImaged
 
+from common.data import load_section
 from common.errors import BadInput
 from common.handlers.evaluation import CaseJsonWriter, EvaluationWriter, write_atomically
 from common.handlers.pictures import StagePicture
 from common.metrics import DISTANCE_METRICS
 from common.transforms import preprocessing
+from common.transforms.loading import LoadCased, LoadReferencesd
 from common.transforms.output import CaseSummaryd, MaskTargetd, SplitOutputd
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
@@ -88,6 +90,29 @@ def test_csv_has_a_row_a_case_and_the_figures(tmp_path: Path) -> None:
     assert float(second["thickness/coverage"]) == 0.5
     assert float(first["volume/error"]) == pytest.approx(-1.0)
     assert first["failed"] == ""
+
+
+def test_cases_whose_files_have_one_name_have_a_row_each(tmp_path: Path) -> None:
+    entries = []
+    for patient in ("p1", "p2"):
+        for key in ("image", "label"):
+            path = tmp_path / patient / f"{key}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            label = 2 if patient == "p1" else 1
+            nibabel.save(nibabel.Nifti1Image(np.full((4, 4, 4), label, np.uint8), np.eye(4)), path)
+        entries.append({key: f"{patient}/{key}.nii.gz" for key in ("image", "label")})
+    (tmp_path / "datalist.json").write_text(json.dumps({"testing": entries}))
+    transform = Compose([LoadCased(["image"], channels=1), LoadReferencesd()])
+    loader = DataLoader(Dataset(load_section(tmp_path / "datalist.json", "testing"), transform), batch_size=1)
+    cases = [case for batch in loader for case in decollate_batch(batch)]
+    cases = [{**case, "segmentation": torch.full_like(case["reference"], 2)} for case in cases]
+    run(EvaluationWriter(tmp_path, LABELS), cases)
+    rows = {row["case"]: row for row in read_csv(tmp_path / "metrics.csv")}
+    assert {case: row["dice/wall"] for case, row in rows.items()} == {"p1_image": "1.0", "p2_image": "0.0"}
+    assert [failure["case"] for failure in json.loads((tmp_path / "summary.json").read_text())["failures"]] == [
+        "p2_image",
+        "p2_image",
+    ]
 
 
 def test_summary_has_mean_spread_and_count_and_pooled_regression(tmp_path: Path) -> None:

@@ -117,10 +117,20 @@ def test_weighted_loss_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_weights_of_one_give_the_plain_loss():
+@pytest.mark.parametrize("settings", [{}, {"squared": True}, {"batch_dice": False, "include_background": True}])
+def test_weights_of_one_give_the_plain_loss(settings):
     label = batch_of()["labeled"]["label"]
     logits = [torch.randn(2, 3, size, size, size) for size in (8, 4, 2)]
-    torch.testing.assert_close(weighted_loss(logits, label, torch.ones(3)), SegmentationLoss()(logits, label))
+    plain = SegmentationLoss(**settings)
+    torch.testing.assert_close(weighted_loss(logits, label, torch.ones(3), plain), plain(logits, label))
+
+
+def test_all_terms_have_the_dice_of_the_given_loss(monkeypatch):
+    method, seen = make(segmentation_loss=SegmentationLoss(squared=True)), []
+    given = lambda logits, label, weights, loss: seen.append(loss) or logits[0].sum()  # noqa: E731
+    monkeypatch.setattr(aggregating_decoupling, "weighted_loss", given)
+    method(batch_of())
+    assert seen == [method.segmentation_loss]
 
 
 def test_dice_of_one_foreground_class_is_weighted_too():
@@ -413,7 +423,7 @@ def test_without_a_weight_of_its_own_the_background_weighs_as_the_structures(mon
     seen = []
     monkeypatch.setattr(DifficultyWeights, "forward", lambda self, logits, label: weights.clone())
     monkeypatch.setattr(
-        aggregating_decoupling, "weighted_loss", lambda logits, label, found: seen.append(found) or found.sum()
+        aggregating_decoupling, "weighted_loss", lambda logits, label, found, loss: seen.append(found) or found.sum()
     )
     make()(batch_of())
     terms = make(weigh_background=False)(batch_of())

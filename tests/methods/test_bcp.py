@@ -203,7 +203,6 @@ def test_a_step_trains_the_network_alone(pretraining):
     network = small(0)
     method = BidirectionalCopyPaste(network, pretraining=pretraining)
     start = copy.deepcopy(network.state_dict())
-    method.average.requires_grad_(False)
     after_step, method.after_step = method.after_step, lambda: None
     train(method, torch.optim.SGD(method.trainable_parameters(), lr=0.1), [0])
     assert {id(p) for p in method.trainable_parameters()} == {id(p) for p in network.parameters()}

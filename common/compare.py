@@ -50,8 +50,8 @@ _CONFIGS = ROOT / "bundles" / "student" / "configs"
 _TITLES = {
     OWN: "Distillation (own)",
     "aggregating_decoupling": "A&D",
-    "ase_net": "ASE-Net",
-    "ase_net_dybac": "ASE-Net with DyBAC",
+    "ase_net": "ASE-Net without DyBAC",
+    "ase_net_dybac": "ASE-Net",
     "bcp": "BCP",
     "cps": "CPS",
     "knowledge_distillation": "Knowledge distillation",
@@ -81,9 +81,9 @@ class Recipe:
         return (_TITLES.get(base, "") + self.name.removeprefix(base).replace("_", " ")).strip()
 
     @property
-    def is_variant(self) -> bool:
-        """Whether it changes another recipe."""
-        return len(self.overlays) > 1
+    def is_ablation(self) -> bool:
+        """Whether it is another recipe without one of its parts."""
+        return "_without_" in self.name
 
     @property
     def needs_teacher(self) -> bool:
@@ -124,11 +124,11 @@ def read_recipes(folder: Path = _CONFIGS / "recipes") -> dict[str, Recipe]:
 
 
 def choose_recipes(names: str, recipes: Mapping[str, Recipe]) -> list[Recipe]:
-    """The recipes of a comma-separated list; ``all`` stands for those that are no variants. The own method is first."""
+    """The recipes of a comma-separated list, the own method first; ``all`` stands for those that are no ablations."""
     chosen = {OWN: recipes[OWN]}
     for name in (name.strip() for name in names.split(",")):
         if name == "all":
-            chosen.update({key: recipe for key, recipe in recipes.items() if not recipe.is_variant})
+            chosen.update({key: recipe for key, recipe in recipes.items() if not recipe.is_ablation})
         elif name in recipes:
             chosen[name] = recipes[name]
         elif name:
@@ -150,8 +150,13 @@ def _protocol(name: str | None, bundle: str, recipe: Recipe | None = None) -> tu
         raise BadInput(f"--protocol: the bundle {bundle!r} has no configs/{overlays[0]}.")
     if recipe is not None:
         own = dict(recipe.content or {})
-        if "network_def#_target_" in own and "network_def" in json.loads(protocol.read_text()):
-            raise BadInput(f"--protocol {name}: it has a network of its own, and so has the recipe {recipe.name!r}.")
+        its_network = _CONFIGS / "protocols" / f"{name}_{recipe.name}.json"
+        both = "network_def#_target_" in own and "network_def" in json.loads(protocol.read_text())
+        if both and not its_network.is_file():
+            raise BadInput(
+                f"--protocol {name}: it has a network of its own, and so has the recipe {recipe.name!r}. Write one "
+                f"that is both, and name it as `network_def#_target_` in {its_network}."
+            )
         wanted = [] if "train#augmentation" in own else ["views"]
         wanted += [] if recipe.has_own_views else ["strong_view"]
         wanted += [Path(overlay).stem for overlay in recipe.overlays]
@@ -374,7 +379,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipes",
         default="all",
-        help="comma-separated names; `all` leaves out variants (ablations); the own method is always a row",
+        help="comma-separated names; `all` leaves out ablations; the own method is always a row",
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with the datalists")
     parser.add_argument("--datalist", default="datalist.json", help="file name in that folder")

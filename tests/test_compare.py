@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from common import compare as compare_module
 from common import study as study_module
-from common.compare import _plan, add_arguments, check_settings, choose_recipes, describe, main, read_recipes
+from common.compare import Recipe, _plan, add_arguments, check_settings, choose_recipes, describe, main, read_recipes
 from common.comparison import Comparison, case_dice, trained_parameters
 from common.comparison_picture import _slices, _window
 from common.errors import BadInput
@@ -131,6 +131,7 @@ def test_every_file_is_a_recipe_whose_overlays_exist() -> None:
     assert set(recipes) == {"distillation", *files - partial_labels}
     assert partial_labels < files
     assert recipes["ase_net_dybac"].overlays == ("recipes/ase_net.json", "recipes/ase_net_dybac.json")
+    assert [recipes[name].title for name in ("ase_net_dybac", "ase_net")] == ["ASE-Net", "ASE-Net without DyBAC"]
     assert recipes["aggregating_decoupling_without_diffusion"].title == "A&D without diffusion"
     assert {name for name, recipe in recipes.items() if recipe.needs_teacher} == {
         "distillation",
@@ -139,7 +140,8 @@ def test_every_file_is_a_recipe_whose_overlays_exist() -> None:
     assert {name for name, recipe in recipes.items() if recipe.has_own_optimizer} == {"ase_net", "ase_net_dybac"}
     everything = [recipe.name for recipe in choose_recipes("all", recipes)]
     assert everything[0] == "distillation"
-    assert not {name for name in everything if "_without_" in name or "dybac" in name}
+    assert {"ase_net", "ase_net_dybac"} < set(everything)
+    assert not {name for name in everything if "_without_" in name}
     assert [r.name for r in choose_recipes("bcp,ase_net_dybac", recipes)] == ["distillation", "bcp", "ase_net_dybac"]
     with pytest.raises(BadInput, match="bpc"):
         choose_recipes("bpc", recipes)
@@ -189,8 +191,11 @@ def test_a_protocol_comes_last_and_gives_strong_views_to_those_that_ask_for_them
     recipes = choose_recipes("aggregating_decoupling", read_recipes())
     runs = describe(recipes, "d.json", 6, 1, protocol="left_atrium")["runs"]
     assert runs["aggregating_decoupling"]["overlays"] == ["recipes/aggregating_decoupling.json", plain, whole]
-    with pytest.raises(BadInput, match="network of its own, and so has the recipe 'ase_net_dybac'"):
-        describe(choose_recipes("ase_net_dybac", read_recipes()), "d.json", 6, 1, protocol="left_atrium")
+    runs = describe(choose_recipes("ase_net_dybac", read_recipes()), "d.json", 6, 1, protocol="left_atrium")["runs"]
+    assert runs["ase_net_dybac"]["overlays"][-1] == "protocols/left_atrium_ase_net_dybac.json"
+    other = Recipe("other", ("recipes/other.json",), {"network_def#_target_": "elsewhere.Network"})
+    with pytest.raises(BadInput, match="network of its own, and so has the recipe 'other'"):
+        describe([other], "d.json", 6, 1, protocol="left_atrium")
     with pytest.raises(BadInput, match="right_atrium"):
         describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="right_atrium")
 

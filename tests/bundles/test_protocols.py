@@ -164,14 +164,14 @@ def test_the_supervised_loss_is_half_the_sum_of_cross_entropy_and_squared_dice(b
     torch.testing.assert_close(weight * loss([logits], label), expected)
 
 
-@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_ablation], ids=lambda r: r.name)
 def test_what_makes_a_recipe_itself_outlives_the_protocol(recipe: Recipe) -> None:
     """It takes the optimiser's settings, the network's dropout, and views that are not what the recipe is about."""
     files = [config("student", name) for name in ("train.json", *recipe.overlays)]
     before, after = ConfigParser(), ConfigParser()
     before.read_config(files)
     after.read_config(files + [config("student", name) for name in _protocol("left_atrium", "student", recipe)])
-    replaced = {"learning_rate", "momentum", "weight_decay", "network_def#dropout"}
+    replaced = {"learning_rate", "momentum", "weight_decay", "network_def#dropout", "network_def#_target_"}
     if recipe.name != "aggregating_decoupling":
         replaced.add("train#unlabeled_augmentation")
     for key in recipe.content or {}:
@@ -180,6 +180,8 @@ def test_what_makes_a_recipe_itself_outlives_the_protocol(recipe: Recipe) -> Non
             if key == "train#method":
                 kept.pop("segmentation_loss")
             assert kept == before[key], key
+    network = "dynamic_convolution.DyBACVNet" if recipe.name == "ase_net_dybac" else "vnet.VNet"
+    assert after["network_def#_target_"] == f"common.networks.{network}"
 
 
 def test_half_the_loss_but_for_those_that_halve_it_themselves_or_have_whole_sums() -> None:
@@ -190,8 +192,8 @@ def test_half_the_loss_but_for_those_that_halve_it_themselves_or_have_whole_sums
         parser.read_config([config("student", file) for file in ("train.json", *overlays)])
         return parser["train#trainer#loss_weight"]
 
-    names = [recipe.name for recipe in read_recipes().values() if not recipe.is_variant]
-    whole = ("aggregating_decoupling", "ase_net")
+    names = [recipe.name for recipe in read_recipes().values() if not recipe.is_ablation]
+    whole = ("aggregating_decoupling", "ase_net", "ase_net_dybac")
     assert {name: weight(name) for name in names} == {name: 1.0 if name in whole else 0.5 for name in names}
 
 
@@ -235,7 +237,7 @@ class Run:
         )
 
 
-@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_variant], ids=lambda r: r.name)
+@pytest.mark.parametrize("recipe", [r for r in read_recipes().values() if not r.is_ablation], ids=lambda r: r.name)
 def test_every_recipe_trains_the_v_net_and_resumes_bit_for_bit(recipe: Recipe, tmp_path: Path) -> None:
     whole, cut, resumed = (Run(recipe, tmp_path, seed) for seed in (0, 0, 5))
     before = {key: value.clone() for key, value in whole.method.deployed.state_dict().items()}

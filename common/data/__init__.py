@@ -10,6 +10,7 @@ from .partial import organ_cases, unknown_as_background
 from .phantom import generate_phantoms
 from .streams import (
     EpochSampler,
+    ProcessShare,
     SeededDataset,
     StreamLoader,
     collate_plain,
@@ -23,6 +24,7 @@ __all__ = [
     "SECTIONS",
     "CachedDataset",
     "EpochSampler",
+    "ProcessShare",
     "SeededDataset",
     "StreamLoader",
     "case_keys",

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ..targets import is_dense
 
 __all__ = [
     "EpochSampler",
+    "ProcessShare",
     "SeededDataset",
     "StreamLoader",
     "collate_plain",
@@ -99,6 +100,28 @@ class EpochSampler(Sampler):
         indices = np.concatenate(permutations)[:total] if permutations else np.empty(0, dtype=int)
         seeds = generator.integers(0, 2**31, size=total)
         return iter([(int(i), int(s)) for i, s in zip(indices[rank::processes], seeds[rank::processes], strict=True)])
+
+
+class ProcessShare(Sampler):
+    """The cases that this process of a distributed run validates: every so many-th, so that all together do each once.
+
+    With fewer cases than processes each does all of them: one without any would leave the others waiting for its part
+    of the figures, and of means it makes no difference.
+
+    Args:
+        data_source: what holds the cases.
+    """
+
+    def __init__(self, data_source: Sized) -> None:
+        rank, processes = process_share()
+        size = len(data_source)
+        self.share = range(rank, size, processes) if size >= processes else range(size)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share)
 
 
 class SeededDataset(Dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import ignite.distributed as idist
@@ -15,7 +16,7 @@ from monai.data import MetaTensor
 
 from ..errors import BadInput
 
-__all__ = ["array", "case_file", "case_meta", "cases_of", "is_main", "mean_and_spread", "number"]
+__all__ = ["array", "case_file", "case_meta", "cases_of", "gather_cases", "is_main", "mean_and_spread", "number"]
 
 
 def cases_of(engine: Engine) -> list[dict[str, Any]]:
@@ -67,6 +68,20 @@ def number(value: Any) -> float:
 def array(tensor: Any) -> np.ndarray:
     """The first channel as NumPy array: (1, *spatial) to (*spatial)."""
     return tensor[0].detach().cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)[0]
+
+
+def gather_cases(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all processes in the cases' order, each case once; all processes have to call this together.
+
+    Args:
+        rows: this process's, each with its case's ``file``; of the cases that :class:`~common.data.ProcessShare` gives.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, rows)
+    in_turn = (row for turn in zip_longest(*shares) for row in turn if row is not None)
+    return list({row["file"]: row for row in in_turn}.values())
 
 
 def is_main() -> bool:

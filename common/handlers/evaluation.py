@@ -37,7 +37,7 @@ from ..metrics import (
 )
 from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
-from .cases import array, case_file, case_meta, cases_of, is_main, mean_and_spread, number
+from .cases import array, case_file, case_meta, cases_of, gather_cases, is_main, mean_and_spread, number
 
 __all__ = ["CaseJsonWriter", "EvaluationWriter"]
 
@@ -94,15 +94,6 @@ def _check_grid(case: str, key: str, found: torch.Tensor, expected: torch.Tensor
             f"case {case}: `{key}` lies {apart:.3g} mm away from the prediction though the shapes agree: another "
             "orientation, origin or spacing in one header. Save image and reference with the same affine."
         )
-
-
-def _gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all processes; a case that padding gave to two of them counts once."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return rows
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, rows)
-    return list({row["file"]: row for share in shares for row in share}.values())
 
 
 class EvaluationWriter:
@@ -373,7 +364,7 @@ class EvaluationWriter:
 
     def write(self, engine: Engine) -> None:
         """Write both files, log the table and hand the means to ``engine.state.metrics``."""
-        rows = sorted(_gather(self.rows), key=lambda row: row["case"])
+        rows = sorted(gather_cases(self.rows), key=lambda row: row["case"])
         summary = self._summarize(rows)
         engine.state.metrics.update(self._metrics(summary))
         if not is_main():

@@ -30,7 +30,7 @@ from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import is_dense, structure_ids
 from ..transforms.output import voxel_spacing
-from .cases import array, case_meta, cases_of, is_main
+from .cases import array, case_file, case_meta, cases_of, gather_cases, is_main
 
 __all__ = ["StagePicture", "save_curves", "save_overview"]
 
@@ -311,8 +311,6 @@ class StagePicture:
 
     def add(self, engine: Engine) -> None:
         """Keep the slices of one iteration's cases."""
-        if not is_main():
-            return
         for case in cases_of(engine):
             if self.median or len(self._kept) < self.cases:
                 self._kept.append(self._keep(case))
@@ -351,6 +349,7 @@ class StagePicture:
             pictures[f"overview_{name}" if target else "overview"] = {**copies, **options, "spacing": spacing}
         return {
             "case": case_name(case_meta(case)),
+            "file": case_file(case),
             "dice": self._mean_dice(**labels, annotated=annotated),
             "pictures": pictures,
         }
@@ -387,8 +386,11 @@ class StagePicture:
 
     def write(self, engine: Engine) -> None:
         """Save the pictures."""
-        for kept in self._kept[: self.cases]:
+        cases = gather_cases(self._kept)
+        if not is_main():
+            return
+        for kept in cases[: self.cases]:
             self._save_case(kept, kept["case"])
-        scored = sorted((kept for kept in self._kept if not math.isnan(kept["dice"])), key=lambda kept: kept["dice"])
+        scored = sorted((kept for kept in cases if not math.isnan(kept["dice"])), key=lambda kept: kept["dice"])
         if self.median and scored:
             self._save_case(scored[(len(scored) - 1) // 2], "median")

@@ -34,7 +34,7 @@ from ..errors import BadInput
 from ..files import temporary_name, write_atomically
 from ..networks import read_record, read_weights, state_digest
 from ..provenance import ROOT, DataDigests, different, environment
-from .cases import cases_of, mean_and_spread, number
+from .cases import case_file, cases_of, gather_cases, mean_and_spread, number
 
 __all__ = ["EvaluationTracking", "Tracking", "read_lineage", "weights_digest"]
 
@@ -229,7 +229,7 @@ class Tracking(_Run):
         self.parents = {role: read_lineage(path) for role, path in self.parent_paths.items()}
         self.record: dict[str, Any] = {}
         self.digests: DataDigests | None = None
-        self.entropies: list[float] = []
+        self.entropies: list[dict[str, Any]] = []
         # Of the weights that were validated, by digest: which of them are used, the last or the best, others decide.
         self.validated: dict[str, dict[str, float | int]] = {}
         super().__init__(stage, output_dir, tracking_uri, run_name)
@@ -237,24 +237,28 @@ class Tracking(_Run):
     def attach(self, engine: Engine) -> None:
         """Register with the trainer, after the :class:`Checkpoint` that resumes it."""
         super().attach(engine)
-        if self.evaluator is not None and idist.get_rank() == 0:
-            self.evaluator.add_event_handler(
-                Events.COMPLETED,
-                lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch),
-            )
+        if self.evaluator is not None:
+            if idist.get_rank() == 0:
+                self.evaluator.add_event_handler(
+                    Events.COMPLETED,
+                    lambda evaluator: self._log_metrics(_finite(evaluator.state.metrics), engine.state.epoch),
+                )
             self.evaluator.add_event_handler(Events.EPOCH_STARTED, lambda: self.entropies.clear())
             self.evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._collect_entropies)
             self.evaluator.add_event_handler(Events.COMPLETED, self._note_entropies)
 
     def _collect_entropies(self, evaluator: Engine) -> None:
         cases: list[dict[str, Any]] = cases_of(evaluator) if isinstance(evaluator.state.output, (dict, list)) else []
-        self.entropies += [number(case["entropy"]) for case in cases if "entropy" in case]
+        self.entropies += [
+            {"file": case_file(case), "entropy": number(case["entropy"])} for case in cases if "entropy" in case
+        ]
 
     def _note_entropies(self, evaluator: Evaluator) -> None:
-        if self.entropies:
+        entropies = [row["entropy"] for row in gather_cases(self.entropies)]
+        if entropies and idist.get_rank() == 0:
             network: Any = getattr(evaluator, "network")  # noqa: B009 (of every evaluator, though not declared)
             network = getattr(network, "module", network)  # without what distributes it
-            self.validated[state_digest(network.state_dict())] = mean_and_spread(self.entropies)
+            self.validated[state_digest(network.state_dict())] = mean_and_spread(entropies)
             self._write_record()  # at once: a run that is resumed does not validate these weights again
 
     def _interrupted(self, engine: Engine) -> Run | None:

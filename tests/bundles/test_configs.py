@@ -107,7 +107,7 @@ def test_the_stages_fit_each_other() -> None:
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_multi_gpu_does_what_training_does(bundle: str) -> None:
-    train, overlay = merged(bundle, "train.json"), merged(bundle, "multi_gpu_train.json")
+    train, overlay = merged(bundle, "train.json"), merged(bundle, "train.json", "multi_gpu_train.json")
     assert overlay["initialize"] == ["$common.engines.start_distributed()", *train["initialize"]]
 
 

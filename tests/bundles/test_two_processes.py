@@ -16,7 +16,10 @@ from bundle_runs import ROOT, SHORT, config, run
 from recipe_steps import train_alone
 
 from benchmarks.training import rows
+from common.data import generate_phantoms
 
+# Which cases a process has prepared for its validation.
+NAME_PREPARED = """$print('prepared:', [number for number, case in enumerate(@validate#dataset._cache) if case is not None])"""
 # A thread that outlives the interpreter aborts a process that has done its work.
 COUNT_THREADS = """$print('threads left:', [path.read_text().strip() for path in
 __import__('pathlib').Path('/proc/self/task').glob('*/comm')].count('pt_gloo_runloop'))"""
@@ -28,6 +31,19 @@ def metrics(folder: Path) -> dict[str, list[float]]:
     (found,) = client.search_runs([client.get_experiment_by_name("teacher").experiment_id])
     history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
     return {key: [value.value for value in sorted(values, key=lambda v: v.step)] for key, values in history.items()}
+
+
+@pytest.fixture(scope="module")
+def three_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms with a validation that two processes can't halve."""
+    folder = tmp_path_factory.mktemp("three_cases") / "data"
+    generate_phantoms(folder, labeled=2, unlabeled=2, validation=3, shape=(24, 24, 20), seed=1, progress=False)
+    return folder
+
+
+def validated(folder: Path) -> list[dict[str, float]]:
+    """Mean, spread and number of the cases' entropies of each validation, from the run's record."""
+    return list(json.loads((folder / "run.json").read_text())["validated"].values())
 
 
 def places(data: Path, folder: Path) -> dict[str, str]:
@@ -45,15 +61,16 @@ def mean_of_crops(tmp_path: Path) -> str:
 
 
 def test_two_processes_take_the_steps_of_one_with_their_batches_together(
-    phantoms: Path, plan: Path, workflow: Callable[..., None], mean_of_crops: str, tmp_path: Path
+    three_cases: Path, plan: Path, workflow: Callable[..., None], mean_of_crops: str, tmp_path: Path
 ) -> None:
-    """So gradients are averaged, crops are shared out, and each case of the validation counts as much as any other."""
-    workflow("teacher", mean_of_crops, **places(phantoms, tmp_path / "one"), batch_size=2)
+    """So gradients are averaged, crops are shared out, and so are the cases of the validation, each of which counts as
+    much as any other."""
+    workflow("teacher", mean_of_crops, **places(three_cases, tmp_path / "one"), batch_size=2)
     files = [config("teacher", "train.json"), config("teacher", "multi_gpu_train.json"), mean_of_crops, str(plan)]
     threads = tmp_path / "threads.json"
-    threads.write_text(json.dumps({"+finalize": [COUNT_THREADS]}))
+    threads.write_text(json.dumps({"+finalize": [NAME_PREPARED, COUNT_THREADS]}))
     files.append(str(threads))
-    done = run(files, {**SHORT, **places(phantoms, tmp_path / "two"), "batch_size": 1}, processes=2)
+    done = run(files, {**SHORT, **places(three_cases, tmp_path / "two"), "batch_size": 1}, processes=2)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-5000:]
 
@@ -65,6 +82,11 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(
     for key, values in expected.items():
         assert len(values) == 2, key
         assert found[key] == pytest.approx(values, rel=1e-4), key
+    for expected_entropy, entropy in zip(validated(tmp_path / "one"), validated(tmp_path / "two"), strict=True):
+        assert expected_entropy["n"] == 3
+        assert entropy == pytest.approx(expected_entropy, rel=1e-4)
+    for prepared in ("[0, 2]", "[1]"):
+        assert printed.count(f"prepared: {prepared}") == 1, printed[-3000:]
     assert printed.count("threads left: 0") == 2
     # The first of them speaks and writes for both.
     for line in ("Epoch 1/2:", "Epoch 2/2:", "Weights to use:"):

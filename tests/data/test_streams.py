@@ -10,7 +10,15 @@ from ignite.engine import Engine, Events
 from monai.data import CacheDataset, Dataset, MetaTensor
 from monai.transforms import Compose, MapTransform, OneOf, RandGaussianNoised, RandSpatialCropd, SomeOf
 
-from common.data import EpochSampler, SeededDataset, StreamLoader, collate_plain, loading_processes, make_loader
+from common.data import (
+    EpochSampler,
+    ProcessShare,
+    SeededDataset,
+    StreamLoader,
+    collate_plain,
+    loading_processes,
+    make_loader,
+)
 from common.errors import BadInput
 
 
@@ -48,6 +56,21 @@ def epochs(loader: StreamLoader, count: int) -> list[list[torch.Tensor]]:
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [(1, [[0, 1, 2]]), (2, [[0, 2], [1]]), (3, [[0], [1], [2]]), (4, [[0, 1, 2]] * 4)],
+)
+def test_each_case_is_validated_by_one_process_and_no_process_is_without(processes, expected, monkeypatch):
+    """Four processes with three cases all do all three, so that each case counts as much as any other."""
+    shares = []
+    for rank in range(processes):
+        monkeypatch.setattr("common.data.streams.process_share", lambda rank=rank: (rank, processes))
+        share = ProcessShare(["a", "b", "c"])
+        shares.append(list(share))
+        assert len(share) == len(shares[-1])
+    assert shares == expected
 
 
 def test_no_case_twice_before_all_were_drawn_once():

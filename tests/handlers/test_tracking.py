@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from monai.handlers import MLFlowHandler
 from sqlalchemy.exc import OperationalError
 
@@ -236,7 +237,8 @@ def test_the_record_has_the_entropies_of_the_weights_that_are_used(folder, selec
 
     def validate(engine, batch):
         engine.state.metrics["val_mean_dice"] = 1 - method.network.weight.item() ** 2
-        return [{"entropy": value} for value in next(entropies)]
+        images = (MetaTensor(torch.zeros(1, 2), meta={"filename_or_obj": name}) for name in ("a.nii", "b.nii"))
+        return [{"image": image, "entropy": value} for image, value in zip(images, next(entropies), strict=True)]
 
     evaluator = Engine(validate)
     evaluator.network, evaluator.metric_cmp_fn = method.network, lambda current, best: current > best

@@ -137,6 +137,9 @@ class SemiSupervisedTrainer(Trainer):
     def _finish_epoch(self) -> None:
         shares = [(dict(self._sums), dict(self._counts))]
         if dist.is_available() and dist.is_initialized():
+            # As before every step, or each process would validate with the statistics of its own last batch.
+            for buffer in self.method.buffers():
+                dist.broadcast(buffer, 0)
             # As objects, because a term may have had no value in some of the processes.
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, shares[0])

@@ -19,19 +19,35 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ignite.engine import Events
 from common.engines import SemiSupervisedTrainer, distributed_device, start_distributed, stop_distributed
 from common.methods import Method
+from common.methods.moving_average import MovingAverage
 
 
 class Line(Method):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(0.0))
+        self.norm = torch.nn.BatchNorm1d(1, affine=False)
+        self.average = MovingAverage(self.norm)
 
     def forward(self, batch, optimizer=""):
+        self.norm(batch["labeled"]["label"] * torch.tensor([[1.0], [3.0]]))
         error = (self.weight * batch["labeled"]["image"] - batch["labeled"]["label"]).square().mean()
         known = torch.tensor(math.nan if dist.get_rank() == 0 else 0.25)
         return {"loss": error, "kept/wall": known, "kept/none": known * math.nan}
+
+    def after_step(self):
+        self.average.update_parameters(self.norm)
+
+
+class Validation:
+    def attach(self, engine):
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.look)
+
+    def look(self, engine):
+        self.statistics = [norm.running_mean.item() for norm in (engine.method.norm, engine.method.average.module)]
 
 
 start_distributed()
@@ -39,8 +55,13 @@ rank = dist.get_rank()
 batch = {"labeled": {"image": torch.tensor([1.0]), "label": torch.tensor([2.0 + 4.0 * rank])}}
 method = Line()
 optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
-trainer = SemiSupervisedTrainer("cpu", 1, [batch], method, optimizer, amp=False, gradient_clip=None)
+validation = Validation()
+trainer = SemiSupervisedTrainer(
+    "cpu", 1, [batch], method, optimizer, amp=False, gradient_clip=None, train_handlers=[validation]
+)
 trainer.run()
+with open(f"statistics_{rank}.json", "w") as file:
+    json.dump(validation.statistics, file)
 with open(f"{rank}.txt", "w") as file:
     file.write(f"{distributed_device()} {method.weight.item():.6f} {torch.rand(()).item():.6f}")
 with open(f"{rank}.json", "w") as file:
@@ -93,3 +114,5 @@ def test_two_processes_take_one_step_together(tmp_path):
     expected = {"train/loss": 20.0, "train/kept/wall": 0.25, "train/learning_rate": 0.1}
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+        # Each validates what the first one saves: its norm has seen 2 and 6, a tenth of whose mean is 0.4, not 6 and 18.
+        assert json.loads((tmp_path / f"statistics_{rank}.json").read_text()) == pytest.approx([0.4, 0.4])

@@ -10,6 +10,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from torch import nn
@@ -44,7 +45,8 @@ class Checkpoint:
 
     Raises:
         BadInput: weights that are not finite, a file that can't be written, a checkpoint of another run or of one with
-            another number of epochs, a validation without the figure to select by.
+            another number of epochs, or one that the first process has and another has not, a validation without the
+            figure to select by.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Checkpoint:
             # The only files that are large, and nobody else writes them.
             for path in (self.checkpoint_path, self.best_path, self.model_path):
                 remove_leftovers(path)
-        if not self.resume or not self.checkpoint_path.exists():
+        if not self.resume or not self._exists():
             if idist.get_rank() == 0:
                 self._set_aside()
             return
@@ -110,6 +112,20 @@ class Checkpoint:
         if scaler:  # empty when that part of the run needed no scaling, as with bf16
             engine.scaler.load_state_dict(scaler)
         logger.info("Resumed from %s after epoch %d", self.checkpoint_path, engine.state.epoch)
+
+    def _exists(self) -> bool:
+        """Whether there is a checkpoint, which the first process says for all: they must all do the same."""
+        found = self.checkpoint_path.exists()
+        if not (dist.is_available() and dist.is_initialized()):
+            return found
+        of_first = [found]
+        dist.broadcast_object_list(of_first, 0)
+        if of_first[0] and not found:
+            raise BadInput(
+                f"{self.checkpoint_path}: found no checkpoint here, though the first process has one to resume from. "
+                "Choose an output_dir on a disk that all machines of the run share."
+            )
+        return of_first[0]
 
     def _set_aside(self) -> None:
         """Keep what a former run has left from being taken for this one's, and from being lost before it has begun."""

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 from common.engines import SemiSupervisedTrainer, distributed_device, start_distributed, stop_distributed
+from common.errors import BadInput
+from common.handlers import Checkpoint
 from common.methods import Method
 from common.methods.moving_average import MovingAverage
 
@@ -66,6 +68,12 @@ with open(f"{rank}.txt", "w") as file:
     file.write(f"{distributed_device()} {method.weight.item():.6f} {torch.rand(()).item():.6f}")
 with open(f"{rank}.json", "w") as file:
     json.dump(trainer.state.metrics, file)
+for run in ("begun", "resumed"):
+    checkpoint = Checkpoint({"method": method}, method, f"disk_of_{rank}", f"disk_of_{rank}/model.pt", resume=True)
+    try:
+        SemiSupervisedTrainer("cpu", 1, [batch], method, optimizer, amp=False, train_handlers=[checkpoint]).run()
+    except BadInput as error:
+        Path(f"refused_when_{run}_{rank}.txt").write_text(str(error))
 stop_distributed()
 stop_distributed()
 assert not dist.is_initialized()
@@ -114,5 +122,11 @@ def test_two_processes_take_one_step_together(tmp_path):
     expected = {"train/loss": 20.0, "train/kept/wall": 0.25, "train/learning_rate": 0.1}
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
-        # Each validates what the first one saves: its norm has seen 2 and 6, a tenth of whose mean is 0.4, not 6 and 18.
+        # Each validates what the first one saves: its norm has seen 2 and 6, a tenth of whose mean is 0.4.
         assert json.loads((tmp_path / f"statistics_{rank}.json").read_text()) == pytest.approx([0.4, 0.4])
+    # Of two machines with disks of their own the first alone has a checkpoint, so both begin, and don't both resume.
+    assert [path.name for path in tmp_path.glob("refused*")] == ["refused_when_resumed_1.txt"]
+    assert (
+        "output_dir on a disk that all machines of the run share"
+        in (tmp_path / "refused_when_resumed_1.txt").read_text()
+    )

@@ -12,6 +12,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,12 @@ def _share(state: np.random.RandomState, transform: Any) -> None:
         transform.set_random_state(state=state)
 
 
-def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
+def collate_plain(items: Sequence[Any], partial_labels: bool = False) -> dict[str, Any]:
     """Collate to plain tensors: without metadata, which costs more to collate than the voxels and training never reads.
 
     Args:
         items: dicts, or lists of dicts (transforms that take several samples of a case return those).
+        partial_labels: ``annotated`` is there even where all structures of all items are.
 
     Returns:
         Tensors and numbers batched along a new first axis; a number that only some cases have is NaN for the others, as
@@ -186,7 +188,7 @@ def collate_plain(items: Sequence[Any]) -> dict[str, Any]:
             )
         else:
             batch[key] = torch.tensor([float("nan") if value is None else float(value) for value in values])
-    if any(case.get("annotated") is not None for case in flat):
+    if partial_labels or any(case.get("annotated") is not None for case in flat):
         batch["annotated"] = [case.get("annotated") for case in flat]
     return batch
 
@@ -262,6 +264,8 @@ def make_loader(
     if batch_size < 1:
         raise BadInput(f"`batch_size` is {batch_size}; expected 1 or more")
     processes = loading_processes(num_workers)
+    # What a method does with such a batch must not differ among processes that wait for each other.
+    partial_labels = process_share()[1] > 1 and any(map(_is_partly_labeled, dataset.data))
     if iterations is None:
         iterations = -(-len(dataset) // (batch_size * process_share()[1]))
     return DataLoader(
@@ -270,11 +274,15 @@ def make_loader(
         sampler=EpochSampler(len(dataset), iterations * batch_size, seed),
         num_workers=processes,
         persistent_workers=processes > 0,
-        collate_fn=collate_plain,
+        collate_fn=partial(collate_plain, partial_labels=partial_labels),
         pin_memory=pin_memory,
         # Without one of its own a loader draws from torch's global generator, and so changes what a network drops out.
         generator=torch.Generator().manual_seed(seed % 2**63),
     )
+
+
+def _is_partly_labeled(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("annotated") is not None
 
 
 def whole_cases(

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from monai.networks import one_hot
 from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..networks.reductions import likeliest_class
+from .processes import PooledDice, mean_count, mean_over_processes
 from .segmentation import _resized, deep_supervision_weights
 
 __all__ = ["ConfidenceMaskedConsistency", "distillation_loss"]
@@ -33,7 +33,8 @@ class ConfidenceMaskedConsistency(nn.Module):
       labels it is the form that is smallest at equality (Wang et al., "Dice semimetric losses", MICCAI 2023).
 
     No voxel that counts gives exactly 0, with a graph whose gradients are 0. What lies outside the mask, NaN included,
-    changes nothing. Computed in float32.
+    changes nothing. Computed in float32. The voxels are those of all processes that train together, each of which has
+    to call it as often as the others.
 
     Args:
         labels: ``"soft"`` or ``"hard"``.
@@ -54,7 +55,7 @@ class ConfidenceMaskedConsistency(nn.Module):
         self.labels = labels
         self.temperature = temperature
         self.dice_weight = dice_weight
-        self.dice = DiceLoss(include_background=False, batch=True, reduction="none", soft_label=labels == "soft")
+        self.dice = PooledDice(include_background=False, batch=True, reduction="none", soft_label=labels == "soft")
 
     def forward(self, student_logits: Tensor | Sequence[Tensor], teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
         """The loss, a scalar.
@@ -96,7 +97,7 @@ class ConfidenceMaskedConsistency(nn.Module):
             # The smallest normal number instead of 0, so that a class ruled out has a finite logarithm.
             teacher_logits = teacher.clamp_min(torch.finfo(teacher.dtype).tiny).log()
             loss = _softened_divergence(student, teacher_logits, self.temperature)
-        loss = (loss * mask).sum() / mask.sum().clamp(min=1)
+        loss = (loss * mask).sum() / mean_count(mask)
         if self.dice_weight > 0 and num_classes > 1:
             reference = one_hot(pseudo_label, num_classes) if self.labels == "hard" else teacher
             loss = loss + self.dice_weight * self._dice(student, reference, pseudo_label, mask)
@@ -106,7 +107,7 @@ class ConfidenceMaskedConsistency(nn.Module):
         occurs = torch.zeros(student.shape[1], dtype=torch.bool, device=student.device)
         for predicted in (pseudo_label, likeliest_class(student)):
             occurs |= (one_hot(predicted, student.shape[1]).bool() & mask).transpose(0, 1).flatten(1).any(dim=1)
-        foreground = occurs[1:]
+        foreground = mean_over_processes(occurs[1:].float()) > 0
         a_class = self.dice(student.softmax(dim=1) * mask, reference * mask).flatten()
         return (a_class * foreground).sum() / foreground.sum().clamp(min=1)
 

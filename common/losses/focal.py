@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .partial_labels import merge_unknown
+from .processes import mean_count
 from .segmentation import SegmentationLoss, _resized
 
 __all__ = ["FocalDiceLoss"]
@@ -62,7 +63,6 @@ class FocalDiceLoss(SegmentationLoss):
             logits = merge_unknown(logits, unknown)
         reference = one_hot(_resized(label, size).long(), logits.shape[1])
         mask = torch.ones_like(reference[:, :1]) if mask is None else _resized(mask, size)
-        count = mask.sum()
-        focal = (self.focal(logits, reference).sum(1, keepdim=True) * mask).sum() / count.clamp(min=1)
+        focal = (self.focal(logits, reference).sum(1, keepdim=True) * mask).sum() / mean_count(mask)
         dice = self._dice(logits.softmax(1) * mask, reference * mask, unknown)
-        return (self.focal_weight * focal + self.dice_weight * dice) * (count > 0)
+        return self.focal_weight * focal + self.dice_weight * dice

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .processes import mean_count
 
 __all__ = ["MaskedRegression", "target_mask"]
 
@@ -20,7 +21,7 @@ KINDS = ("smooth_l1", "l1", "mse", "heteroscedastic")
 
 
 class MaskedRegression(nn.Module):
-    """A regression loss, averaged over the voxels that have a target.
+    """A regression loss, averaged over the voxels that have a target, in all processes that train together.
 
     No such voxel gives exactly 0, with a graph whose gradients are 0. What lies outside the mask, NaN included, changes
     nothing. Computed in float32. To put targets of different units on one footing, divide prediction and target by the
@@ -82,7 +83,7 @@ class MaskedRegression(nn.Module):
             log_variance = torch.where(mask, log_variance.float(), 0.0)
             loss = 0.5 * (torch.exp(-log_variance) * (prediction - target).square() + log_variance)
         # Outside the mask prediction, target and log-variance are all 0, and so is each of the losses.
-        return loss.sum() / mask.sum().clamp(min=1)
+        return loss.sum() / mean_count(mask)
 
 
 @torch.no_grad()

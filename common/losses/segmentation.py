@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss
 from monai.networks import one_hot
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from ..errors import BadInput
 from .partial_labels import Annotated, merge_unknown, unknown_classes
+from .processes import PooledDice, distributed, mean_count, mean_over_processes
 
 __all__ = ["SegmentationLoss", "deep_supervision_weights"]
 
@@ -44,11 +44,12 @@ class SegmentationLoss(nn.Module):
 
     The label is brought to each output's size by nearest neighbour. Computed in float32, whatever autocast does: sums
     over a volume do not fit a half-precision number. The Dice enters as ``1 - Dice``, nnU-Net's as ``-Dice``: the
-    values differ by 1, the gradients are the same.
+    values differ by 1, the gradients are the same. Several processes that train together divide by what all their
+    batches hold, so each has to call it as often as the others.
 
     Args:
-        batch_dice: sum the Dice's overlaps over the batch before the division (nnU-Net's choice for patches), rather
-            than a Dice a sample, in which a class that a patch lacks costs a whole point.
+        batch_dice: sum the Dice's overlaps over the batch, of all processes, before the division (nnU-Net's choice for
+            patches), rather than a Dice a sample, in which a class that a patch lacks costs a whole point.
         include_background: let class 0 count in the Dice; it always does in the cross-entropy.
         squared: square probabilities and label in the Dice's denominator, as V-Net's authors do.
     """
@@ -57,7 +58,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.batch_dice = batch_dice
         self.include_background = include_background
-        self.dice = DiceLoss(
+        self.dice = PooledDice(
             include_background=include_background,
             batch=batch_dice,
             squared_pred=squared,
@@ -121,18 +122,20 @@ class SegmentationLoss(nn.Module):
             return self._dice(probabilities, reference, unknown) + F.cross_entropy(logits, target.squeeze(1))
         mask = _resized(mask, size)
         cross_entropy = F.cross_entropy(logits, target.squeeze(1), reduction="none").unsqueeze(1)
-        count = mask.sum()
         dice = self._dice(probabilities * mask, reference * mask, unknown)
-        return (dice + (cross_entropy * mask).sum() / count.clamp(min=1)) * (count > 0)
+        return dice + (cross_entropy * mask).sum() / mean_count(mask)
 
     def _dice(self, probabilities: Tensor, reference: Tensor, unknown: Tensor | None) -> Tensor:
         """The mean over the classes that are known (with ``batch_dice`` to any case of the batch)."""
         loss = self.dice(probabilities, reference).flatten(0 if self.batch_dice else 1)
-        if unknown is None:
+        if unknown is None and not distributed():
             return loss.mean()
+        # Of several processes each has to ask the others, whatever its own cases know.
+        if unknown is None:
+            unknown = torch.zeros(reference.shape[:2], dtype=torch.bool)
         known = ~unknown[:, 0 if self.include_background else 1 :].to(loss.device)
-        known = known.any(0) if self.batch_dice else known
-        return (loss * known).sum() / known.sum().clamp(min=1)
+        known = mean_over_processes(known.any(0).float()) > 0 if self.batch_dice else known
+        return (loss * known).sum() / mean_count(known)
 
 
 def _resized(volume: Tensor, size: torch.Size) -> Tensor:

@@ -54,6 +54,7 @@ from torch import Tensor, nn
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss, deep_supervision_weights, sigmoid_ramp_up
+from ..losses.processes import mean_over_processes
 from ..networks.diffusion import AggregatingDecouplingNetwork
 from ..networks.reductions import likeliest_class
 from .base import Method, Segmenter, refuse_partial_labels
@@ -101,8 +102,9 @@ class DifficultyWeights(nn.Module):
         num_classes = logits.shape[1]
         axes = [0, *range(2, logits.dim())]
         prediction, reference = one_hot(likeliest_class(logits), num_classes), one_hot(label, num_classes)
-        size = reference.sum(axes)
-        dice = 2 * (prediction * reference).sum(axes) / (prediction.sum(axes) + size).clamp(min=1)
+        sums = torch.stack([volume.sum(axes) for volume in (prediction * reference, prediction, reference)])
+        overlap, found, size = mean_over_processes(sums)  # the buffers are one for all processes
+        dice = 2 * overlap / (found + size).clamp(min=1)
         present = size > 0
         known = present & self.seen
         change = (dice - self.dice) * (dice.clamp(min=FLOOR) / self.dice.clamp(min=FLOOR)).log()

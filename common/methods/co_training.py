@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..losses import FocalDiceLoss, SegmentationLoss, sigmoid_ramp_up, unknown_classes
 from ..losses.partial_labels import Annotated
+from ..losses.processes import mean_count
 from ..networks.reductions import likeliest_class
 from ..networks.unet import initialise
 from .base import Method, Segmenter
@@ -60,7 +61,7 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor, mask: Tensor) -> T
         mask: (B, 1, *spatial), bool.
     """
     loss = -(probabilities.detach().float() * F.log_softmax(logits.float(), dim=1)).sum(dim=1, keepdim=True)
-    return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, loss, 0.0).sum() / mean_count(mask)
 
 
 class CoTraining(Method):

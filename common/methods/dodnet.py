@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..losses import unknown_classes
 from ..losses.partial_labels import Annotated
+from ..losses.processes import mean_count
 from ..networks.dynamic_head import DynamicHeadNetwork
 from .base import Method
 
@@ -83,7 +84,7 @@ class DoDNet(Method):
         known = targets.flatten(3)[..., 0] != ABSENT
         # (channels with a label, 1, *spatial): each is a sample of its own.
         logits, targets = logits[known].unsqueeze(1), targets[known].unsqueeze(1)
-        count = known.sum().clamp(min=1)
+        count = mean_count(known)
         with torch.autocast(logits.device.type, enabled=False):
             dice = self.dice(logits, targets).sum() / count
             voxels = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")

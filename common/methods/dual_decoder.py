@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import BadInput
 from ..losses import FeatureAlignment, MaskedRegression, SegmentationLoss, UncertaintyWeighting, target_mask
+from ..losses.processes import mean_over_processes
 from ..networks import DualDecoderNetwork, RegressionNetwork, SegmentationNetwork, reduce_to_case
 from ..networks.dual_decoder import is_locked
 from ..targets import is_dense, structure_ids
@@ -132,7 +133,8 @@ class DualDecoder(Method):
             terms["segmentation"] = self.supervise(logits, labeled)
             if self.weighting is not None:
                 # Without a value in the batch the regression says nothing, and must not move its weight.
-                names = ("segmentation", "regression") if any(mask.any() for mask in masks) else ("segmentation",)
+                found = mean_over_processes(torch.stack([mask.any() for mask in masks]).float()).any()
+                names = ("segmentation", "regression") if found else ("segmentation",)
                 loss = self.weighting({name: terms[name] for name in names})
             else:
                 loss = loss + self.segmentation_weight * terms["segmentation"]

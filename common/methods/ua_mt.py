@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..losses import PredictiveEntropy, SegmentationLoss, kept_fraction, sigmoid_ramp_up
+from ..losses.processes import mean_count
 from .base import Segmenter
 from .mean_teacher import MeanTeacher
 
@@ -64,6 +65,6 @@ class UncertaintyAwareMeanTeacher(MeanTeacher):
             mask = entropy < self.threshold * math.log(probabilities.shape[1])
             kept = kept_fraction(mask, probabilities)
         squared = (student - self.teach(image)).square()
-        loss = (squared * mask).sum() / (squared.shape[1] * mask.sum()).clamp(min=1)
+        loss = (squared * mask).sum() / (squared.shape[1] * mean_count(mask))
         fractions = {f"kept/{name}": value for name, value in zip(self.class_names, kept, strict=True)}
         return {"consistency": loss, "kept/all": mask.float().mean(), **fractions}

@@ -1,4 +1,4 @@
-"""Steps of everything that is trained, by two processes or by one that does for both what they should do.
+"""Steps of everything that is trained, by two processes, or by one with the batches of both in one.
 
 Run by torchrun, ``recipe_steps.py FOLDER PLAN NAME ...`` trains each name with two processes, and leaves each one's
 weights as ``FOLDER/NAME/RANK.pt``.
@@ -8,84 +8,134 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from ignite.engine import Engine, Events
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training import DUAL, configuration, crops
 from common.engines import SemiSupervisedTrainer, start_distributed, stop_distributed
-from common.methods.base import Method
+from common.methods import aggregating_decoupling, distillation
 
 STEPS = 2
+CROPS = 2  # of a stream and a process, as the configs have it
 LAST_EPOCH = 10  # of as many: every term has its full weight
 
 
-class Setup:
-    """The method, its optimisers and a rank's batches; the same weights whatever the rank."""
+class SameDraws:
+    """What is drawn at random is the same in each step of every process, so that one can draw it for two."""
 
-    def __init__(self, name: str, folder: Path, plan: str, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
-        parser = configuration(name, folder, plan, "cpu")
-        self.lock_in = [parser.get_parsed_content("lock_in")] if name in DUAL else []
-        self.method: Method = parser.get_parsed_content("train#method")
-        found = parser.get_parsed_content("train#optimizer")
-        self.optimizer = found
-        self.optimizers = found if isinstance(found, dict) else {"": found}
-        self.clip = parser["gradient_clip"]
-        self.batches = [crops(parser, name, seed=2 * step + rank) for step in range(STEPS)]
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, lambda engine: torch.manual_seed(engine.state.iteration))
 
 
-def train(name: str, folder: Path, plan: str, rank: int) -> dict[str, Tensor]:
-    """The weights after some steps of the engine, in this process and its fellow."""
-    setup = Setup(name, folder, plan, rank)
+def train(name: str, folder: Path, plan: str, ranks: Sequence[int]) -> dict[str, Tensor]:
+    """The weights after some steps of the engine with the batches of some ranks in one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    parser = configuration(name, folder, plan, "cpu")
+    handlers = [SameDraws(), *([parser.get_parsed_content("lock_in")] if name in DUAL else [])]
+    method, optimizer = parser.get_parsed_content("train#method"), parser.get_parsed_content("train#optimizer")
+    for item in optimizer.values() if isinstance(optimizer, dict) else [optimizer]:
+        for group in item.param_groups:
+            if "eps" in group:
+                group["eps"] = 1e-3  # or Adam makes whole steps of gradients that are 0 but for their rounding
+    batches = [
+        together([unlike(crops(parser, name, seed=2 * step + rank), rank) for rank in ranks], in_halves=name == "bcp")
+        for step in range(STEPS)
+    ]
     trainer = SemiSupervisedTrainer(
-        "cpu", LAST_EPOCH, setup.batches, setup.method, setup.optimizer, False, setup.clip, train_handlers=setup.lock_in
+        "cpu", LAST_EPOCH, batches, method, optimizer, False, parser["gradient_clip"], train_handlers=handlers
     )
     trainer.state.epoch, trainer.state.iteration = LAST_EPOCH - 1, (LAST_EPOCH - 1) * STEPS
-    trainer.run()
-    return setup.method.state_dict()
+    with DrawForTwo() if len(ranks) > 1 else nullcontext():
+        trainer.run()
+    return method.state_dict()
 
 
 def train_alone(name: str, folder: Path, plan: str) -> dict[str, Tensor]:
-    """What both should have: each rank's losses of its own batches and draws, a step by the mean of their gradients."""
-    ranks = [Setup(name, folder / str(rank), plan, rank) for rank in (0, 1)]
-    first, second = (setup.method for setup in ranks)
-    random = []
-    for rank in (0, 1):
-        torch.manual_seed(LAST_EPOCH * 1_009 + rank)  # as the engine begins an epoch of seed 0
-        random.append(torch.get_rng_state())
-    for step in range(STEPS):
-        for setup in ranks:
-            setup.method.train()
-            setup.method.progress((LAST_EPOCH - 1) * STEPS + step, LAST_EPOCH * STEPS)
-        for optimizer in ranks[0].optimizers:
-            with torch.no_grad():  # buffers are the first one's before every pass
-                for own, other in zip(second.buffers(), first.buffers(), strict=True):
-                    own.copy_(other)
-            for rank, setup in enumerate(ranks):
-                setup.optimizers[optimizer].zero_grad()
-                torch.set_rng_state(random[rank])
-                batch = setup.batches[step]
-                terms = setup.method(batch, optimizer) if optimizer else setup.method(batch)
-                random[rank] = torch.get_rng_state()
-                terms["loss"].backward()
-            for own, other in zip(first.parameters(), second.parameters(), strict=True):
-                grads = [p.grad for p in (own, other) if p.grad is not None]
-                if grads:
-                    own.grad = torch.stack(grads).sum(0) / 2
-                    other.grad = own.grad.clone()
-            for setup in ranks:
-                groups: list[dict[str, Any]] = setup.optimizers[optimizer].param_groups
-                held = [p for group in groups for p in group["params"] if p.grad is not None]
-                clip_grad_norm_(held, setup.clip)
-                setup.optimizers[optimizer].step()
-        for setup in ranks:
-            setup.method.after_step()
-    return first.state_dict()
+    """The weights after the same steps of one process with both batches in one, but for the named exceptions."""
+    # A&D's loss with a weight a class is divided by sums over a process's own batch.
+    of_each = mean_of_halves(aggregating_decoupling.weighted_loss)
+    with (
+        mock.patch.object(aggregating_decoupling, "weighted_loss", of_each),
+        mock.patch.object(distillation, "random_boxes", boxes_for_two(distillation.random_boxes)),
+    ):
+        return train(name, folder, plan, (0, 1))
+
+
+def unlike(batch: dict[str, dict[str, Any]], rank: int) -> dict[str, dict[str, Any]]:
+    """Of the second process half of the voxels are background, and its first case has labels of all structures."""
+    if rank:
+        labeled = batch["labeled"]
+        labeled["label"][..., labeled["label"].shape[-1] // 2 :] = 0
+        if "annotated" in labeled:
+            labeled["annotated"][0] = [1, 2]
+    return batch
+
+
+def halves(value: Any) -> tuple[Any, Any]:
+    return value[: len(value) // 2], value[len(value) // 2 :]
+
+
+def together(batches: Sequence[Mapping[str, Mapping[str, Any]]], in_halves: bool = False) -> dict[str, dict[str, Any]]:
+    """Batches in one; BCP mixes a batch's first half with its second, so these stay such."""
+
+    def join(values: Sequence[Any]) -> Any:
+        if in_halves:
+            values = [part for parts in zip(*map(halves, values), strict=True) for part in parts]
+        return torch.cat(list(values)) if isinstance(values[0], Tensor) else list(chain(*values))
+
+    return {
+        stream: {key: join([batch[stream][key] for batch in batches]) for key in content}
+        for stream, content in batches[0].items()
+    }
+
+
+class DrawForTwo(TorchDispatchMode):
+    """What is drawn for a batch is drawn for one process's share of it, and the other's gets the same."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("normal_", "exponential_", "bernoulli_", "uniform_") and args[0].dim() > 0:
+            share, _ = halves(args[0])
+            return args[0].copy_(for_two(func(share, *args[1:], **kwargs)))
+        if name in ("randn_like", "rand_like"):
+            return for_two(func(halves(args[0])[0], *args[1:], **kwargs))
+        if name in ("randn", "rand", "randint"):
+            sizes = next(item for item in args if isinstance(item, list))
+            if sizes:
+                share = [[sizes[0] // 2, *sizes[1:]] if item is sizes else item for item in args]
+                return for_two(func(*share, **kwargs))
+        return func(*args, **kwargs)
+
+
+def for_two(drawn: Tensor) -> Tensor:
+    """Crops of several streams may lie one after the other, each of them twice as many."""
+    return torch.cat([part for part in drawn.split(CROPS) for _ in (0, 1)])
+
+
+def boxes_for_two(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Boxes are drawn item by item."""
+    return lambda batch, *rest: for_two(draw(halves(batch)[0], *rest))
+
+
+def mean_of_halves(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that each process has of its own crops alone."""
+
+    def of_each(logits: Sequence[Tensor], label: Tensor, *rest: Any) -> Tensor:
+        parts = zip(zip(*map(halves, logits), strict=True), halves(label), strict=True)
+        return torch.stack([loss(list(outputs), target, *rest) for outputs, target in parts]).mean()
+
+    return of_each
 
 
 if __name__ == "__main__":
@@ -93,6 +143,6 @@ if __name__ == "__main__":
     start_distributed()
     number = int(os.environ["RANK"])
     for item in names:
-        state = train(item, Path(place) / item / f"of_{number}", given, number)
+        state = train(item, Path(place) / item / f"of_{number}", given, (number,))
         torch.save(state, Path(place) / item / f"{number}.pt")
     stop_distributed()

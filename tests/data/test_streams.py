@@ -138,6 +138,17 @@ def test_collate():
     assert "annotated" not in collate_plain(items[1])
 
 
+def test_all_processes_know_whether_any_label_is_partial(monkeypatch):
+    """Or one whose crops are all whole would take another way through a loss in which the processes meet."""
+    cases = Dataset([{"image": torch.zeros(1, 2)}, {"image": torch.zeros(1, 2)}, {"image": torch.zeros(1, 2)}])
+    cases.data[2]["annotated"] = [1]
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr("common.data.streams.process_share", lambda rank=rank: (rank, 2))
+        found += [batch["annotated"] for batch in make_loader(cases, 1, iterations=3)]
+    assert sorted(found, key=str) == [[None]] * 4 + [[[1]]] * 2
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_what_only_some_cases_have(order):
     """Whichever comes first: a number stays unknown for the others, as where a target lacks; names go."""

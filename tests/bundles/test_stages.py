@@ -239,18 +239,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
-def test_two_processes_train_one_network(chain: Chain, tmp_path: Path) -> None:
-    settings = {**chain.settings("student"), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")}
-    files = [config("student", "train.json"), config("student", "multi_gpu_train.json"), str(chain.plan)]
-    done = run(files, settings, processes=2)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)["model"]
-    alone = torch.load(chain.model("student"), weights_only=True)["model"]
-    assert all(torch.isfinite(value).all() for value in weights.values())
-    # Twice the crops a step: not the weights of one process.
-    assert not all(torch.equal(weights[name], value) for name, value in alone.items())
-
-
 def test_the_recorded_config_runs_again(chain: Chain, tmp_path: Path) -> None:
     recorded = chain.output("teacher") / "config.json"
     done = run([str(recorded)], {"output_dir": str(tmp_path / "out"), "ckpt_dir": str(tmp_path / "models")})

@@ -8,27 +8,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
-from bundle_runs import ROOT, SHORT, config, run
+from bundle_runs import ROOT, SHORT, Chain, config, recipe_files, run
 from recipe_steps import train_alone
 
 from benchmarks.training import rows
 from common.data import generate_phantoms
 
 # Which cases a process has prepared for its validation.
-NAME_PREPARED = """$print('prepared:', [number for number, case in enumerate(@validate#dataset._cache) if case is not None])"""
+NAME_PREPARED = (
+    """$print('prepared:', [number for number, case in enumerate(@validate#dataset._cache) if case is not None])"""
+)
 # A thread that outlives the interpreter aborts a process that has done its work.
 COUNT_THREADS = """$print('threads left:', [path.read_text().strip() for path in
 __import__('pathlib').Path('/proc/self/task').glob('*/comm')].count('pt_gloo_runloop'))"""
 
 
-def metrics(folder: Path) -> dict[str, list[float]]:
+def metrics(folder: Path, stage: str) -> dict[str, list[float]]:
     """Every figure of the one run that MLflow knows, epoch by epoch."""
     client = mlflow.MlflowClient(f"sqlite:///{folder / 'mlruns.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("teacher").experiment_id])
+    (found,) = client.search_runs([client.get_experiment_by_name(stage).experiment_id])
     history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
     return {key: [value.value for value in sorted(values, key=lambda v: v.step)] for key, values in history.items()}
 
@@ -46,38 +49,35 @@ def validated(folder: Path) -> list[dict[str, float]]:
     return list(json.loads((folder / "run.json").read_text())["validated"].values())
 
 
+def assert_same_weights(folder: Path, expected: Path, atol: float) -> None:
+    found, weights = (torch.load(path / "model.pt", weights_only=True)["model"] for path in (folder, expected))
+    for name, value in weights.items():
+        message = lambda text, name=name: f"{name}: {text}"  # noqa: E731
+        torch.testing.assert_close(found[name], value, atol=atol, rtol=1e-4, msg=message)
+
+
 def places(data: Path, folder: Path) -> dict[str, str]:
     """Where a training finds its cases, and leaves all that it writes."""
     return {"dataset_dir": str(data), "output_dir": str(folder), "ckpt_dir": str(folder)}
 
 
-@pytest.fixture
-def mean_of_crops(tmp_path: Path) -> str:
-    """By default the Dice is pooled over a process's own crops, which is no mean over crops."""
-    overlay = tmp_path / "mean_of_crops.json"
-    loss = {"_target_": "common.losses.SegmentationLoss", "batch_dice": False}
-    overlay.write_text(json.dumps({"train#method#segmentation_loss": loss}))
-    return str(overlay)
-
-
+@pytest.mark.parametrize("bundle", ["teacher", "dual_decoder"])
 def test_two_processes_take_the_steps_of_one_with_their_batches_together(
-    three_cases: Path, plan: Path, workflow: Callable[..., None], mean_of_crops: str, tmp_path: Path
+    bundle: str, three_cases: Path, chain: Chain, workflow: Callable[..., None], tmp_path: Path
 ) -> None:
     """So gradients are averaged, crops are shared out, and so are the cases of the validation, each of which counts as
     much as any other."""
-    workflow("teacher", mean_of_crops, **places(three_cases, tmp_path / "one"), batch_size=2)
-    files = [config("teacher", "train.json"), config("teacher", "multi_gpu_train.json"), mean_of_crops, str(plan)]
+    settings = {key: value for key, value in chain.settings(bundle).items() if key.endswith("_path")}
+    workflow(bundle, **settings, **places(three_cases, tmp_path / "one"), batch_size=2)
     threads = tmp_path / "threads.json"
     threads.write_text(json.dumps({"+finalize": [NAME_PREPARED, COUNT_THREADS]}))
-    files.append(str(threads))
-    done = run(files, {**SHORT, **places(three_cases, tmp_path / "two"), "batch_size": 1}, processes=2)
+    files = [config(bundle, "train.json"), config(bundle, "multi_gpu_train.json"), str(chain.plan), str(threads)]
+    done = run(files, {**SHORT, **settings, **places(three_cases, tmp_path / "two"), "batch_size": 1}, processes=2)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed[-5000:]
 
-    one, two = (torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-    expected, found = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=1e-6)
+    expected, found = (metrics(tmp_path / name, bundle) for name in ("one", "two"))
     assert {"train/loss", "val_mean_dice"} <= set(expected) == set(found)
     for key, values in expected.items():
         assert len(values) == 2, key
@@ -93,27 +93,41 @@ def test_two_processes_take_the_steps_of_one_with_their_batches_together(
         assert printed.count(line) == 1, line
 
 
+@pytest.mark.parametrize("recipe", ["distillation", "ase_net"])
 def test_a_run_is_resumed_with_another_number_of_processes(
-    phantoms: Path, plan: Path, workflow: Callable[..., None], mean_of_crops: str, tmp_path: Path
+    recipe: str, chain: Chain, workflow: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Begun with one process and ended with two, it arrives where one process arrives."""
-    workflow("teacher", mean_of_crops, **places(phantoms, tmp_path / "one"), batch_size=2)
+    """Begun with one process and ended with two, with one optimiser or two, it arrives where one process arrives.
+
+    But for ASE-Net's noise, which each process draws for itself; so would distillation its boxes.
+    """
+    settings: dict[str, Any] = {"teacher_path": str(chain.model("teacher")), "mix_probability": 0.0}
+    overlays = []
+    if recipe == "ase_net":
+        settings, overlays = {}, recipe_files(recipe)
     crash = tmp_path / "crash.json"
     crash.write_text(json.dumps({"+train#handlers": [{"_target_": "bundle_runs.Crash", "after_iteration": 3}]}))
     with pytest.raises(RuntimeError):  # in the second of two epochs
-        workflow("teacher", mean_of_crops, str(crash), **places(phantoms, tmp_path / "both"), batch_size=2)
+        workflow("student", *overlays, str(crash), **settings, **places(chain.data, tmp_path / "both"), batch_size=2)
     assert not (tmp_path / "both" / "model.pt").exists()
 
-    files = [config("teacher", name) for name in ("train.json", "multi_gpu_train.json")]
-    settings = {**SHORT, **places(phantoms, tmp_path / "both"), "batch_size": 1, "resume": True}
-    done = run([*files, mean_of_crops, str(plan)], settings, processes=2)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    assert (done.stdout + done.stderr).count("Epoch 2/2:") == 1
-    assert "Epoch 1/2:" not in done.stdout + done.stderr
+    files = [config("student", "train.json"), *overlays, config("student", "multi_gpu_train.json"), str(chain.plan)]
+    resumed = {**SHORT, **settings, **places(chain.data, tmp_path / "both"), "batch_size": 1, "resume": True}
+    done = run(files, resumed, processes=2)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed[-5000:]
+    assert printed.count("Epoch 2/2:") == printed.count("Weights to use:") == 1
+    assert "Epoch 1/2:" not in printed
+    if recipe == "ase_net":
+        saved = torch.load(tmp_path / "both" / "checkpoint.pt", weights_only=True)
+        assert (saved["epoch"], saved["iteration"]) == (2, 4)
+        steps = [moments["step"] for moments in saved["state"]["optimizer"]["state"].values()]
+        assert set(map(int, steps)) == {4}
+        assert all(value.isfinite().all() for value in saved["state"]["method"].values())
+        return
+    workflow("student", **settings, **places(chain.data, tmp_path / "one"), batch_size=2)
     # The first epoch's sums are in another order, of which a bias of 0.0003 keeps 2 in a million.
-    one, both = (torch.load(tmp_path / name / "model.pt", weights_only=True)["model"] for name in ("one", "both"))
-    for name, value in one.items():
-        torch.testing.assert_close(both[name], value, atol=1e-5, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+    assert_same_weights(tmp_path / "both", tmp_path / "one", atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -130,11 +144,13 @@ def steps_of_two(plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", rows())
-def test_two_processes_step_by_the_mean_of_their_gradients(
+def test_two_processes_take_the_step_of_one_with_both_batches_in_one(
     name: str, steps_of_two: Path, plan: Path, tmp_path: Path
 ) -> None:
-    """With several optimisers, moving averages, frozen teachers, and whatever is drawn at random."""
-    # As many threads as the two have: Adam makes whole steps of gradients that are 0 but for their rounding.
+    """With several optimisers, moving averages, frozen teachers, masks and Dice over a batch.
+
+    What is no such step is in :func:`recipe_steps.train_alone`.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -143,8 +159,10 @@ def test_two_processes_step_by_the_mean_of_their_gradients(
         torch.set_num_threads(threads)
     first, second = (torch.load(steps_of_two / name / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() == expected.keys()
+    # Rounding grows with as many passes in a step as these make.
+    tolerance = 1e-5 if name in ("aggregating_decoupling", "ase_net_dybac") else 1e-6
     for key, value in expected.items():
         message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
-        torch.testing.assert_close(first[key], value, atol=1e-5, rtol=1e-4, msg=message)
+        torch.testing.assert_close(first[key], value, atol=tolerance, rtol=1e-4, msg=message)
         if value.is_floating_point() and "weight" in key:
             assert torch.equal(first[key], second[key]), key

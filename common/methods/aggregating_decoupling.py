@@ -136,7 +136,9 @@ def weighted_loss(
     of_dice = weights if plain.include_background else weights[1:]
 
     def of_level(output: Tensor, target: Tensor) -> Tensor:
-        cross_entropy = F.cross_entropy(output, target.squeeze(1).long(), weight=weights)
+        ids = target.squeeze(1).long()
+        of_voxels = mean_over_processes(weights[ids].sum())
+        cross_entropy = F.cross_entropy(output, ids, weight=weights, reduction="sum") / of_voxels
         dice = plain.dice(output.softmax(1), one_hot(target, output.shape[1]))
         return cross_entropy + (of_dice * dice.flatten(0 if plain.batch_dice else 1)).mean()
 

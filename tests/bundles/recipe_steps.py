@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.training import DUAL, configuration, crops
 from common.engines import SemiSupervisedTrainer, start_distributed, stop_distributed
-from common.methods import aggregating_decoupling, distillation
+from common.methods import distillation
 
 STEPS = 2
 CROPS = 2  # of a stream and a process, as the configs have it
@@ -61,13 +61,8 @@ def train(name: str, folder: Path, plan: str, ranks: Sequence[int]) -> dict[str,
 
 
 def train_alone(name: str, folder: Path, plan: str) -> dict[str, Tensor]:
-    """The weights after the same steps of one process with both batches in one, but for the named exceptions."""
-    # A&D's loss with a weight a class is divided by sums over a process's own batch.
-    of_each = mean_of_halves(aggregating_decoupling.weighted_loss)
-    with (
-        mock.patch.object(aggregating_decoupling, "weighted_loss", of_each),
-        mock.patch.object(distillation, "random_boxes", boxes_for_two(distillation.random_boxes)),
-    ):
+    """The weights after the same steps of one process with both batches in one."""
+    with mock.patch.object(distillation, "random_boxes", boxes_for_two(distillation.random_boxes)):
         return train(name, folder, plan, (0, 1))
 
 
@@ -126,16 +121,6 @@ def for_two(drawn: Tensor) -> Tensor:
 def boxes_for_two(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Boxes are drawn item by item."""
     return lambda batch, *rest: for_two(draw(halves(batch)[0], *rest))
-
-
-def mean_of_halves(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss that each process has of its own crops alone."""
-
-    def of_each(logits: Sequence[Tensor], label: Tensor, *rest: Any) -> Tensor:
-        parts = zip(zip(*map(halves, logits), strict=True), halves(label), strict=True)
-        return torch.stack([loss(list(outputs), target, *rest) for outputs, target in parts]).mean()
-
-    return of_each
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def test_two_processes_take_the_step_of_one_with_both_batches_in_one(
 ) -> None:
     """With several optimisers, moving averages, frozen teachers, masks and Dice over a batch.
 
-    What is no such step is in :func:`recipe_steps.train_alone`.
+    Not what each process draws for itself: here all draw the same. The V-Net's batch norm is in none of these networks.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def test_two_processes_take_the_step_of_one_with_both_batches_in_one(
     first, second = (torch.load(steps_of_two / name / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys() == expected.keys()
     # Rounding grows with as many passes in a step as these make.
-    tolerance = 1e-5 if name in ("aggregating_decoupling", "ase_net_dybac") else 1e-6
+    tolerance = 1e-5 if name.startswith(("aggregating_decoupling", "ase_net")) else 1e-6
     for key, value in expected.items():
         message = lambda text, key=key: f"{key}: {text}"  # noqa: E731
         torch.testing.assert_close(first[key], value, atol=tolerance, rtol=1e-4, msg=message)

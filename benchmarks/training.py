@@ -54,9 +54,9 @@ WARM_UP, STEPS = 2, 6
 
 
 def rows() -> list[str]:
-    """Everything that is trained, supervised training first; no ablations, but ASE-Net's other network."""
-    recipes = [recipe.name for recipe in read_recipes().values() if not recipe.is_variant]
-    return [SUPERVISED, *recipes, "ase_net_dybac", *PARTIAL_LABELS, *DUAL, *WHOLE]
+    """Everything that is trained, supervised training first; no ablations."""
+    recipes = [recipe.name for recipe in read_recipes().values() if not recipe.is_ablation]
+    return [SUPERVISED, *recipes, *PARTIAL_LABELS, *DUAL, *WHOLE]
 
 
 def configuration(name: str, folder: Path, plan: str | None, device: str) -> ConfigParser:

@@ -123,7 +123,9 @@ def crops(size: Size, steps: int) -> list[dict[str, Tensor]]:
     batches = []
     for _ in range(steps):
         image = torch.randn(size.crop[0], 1, *size.crop[1:], generator=generator)
-        smooth = nn.functional.avg_pool3d(image, 9, stride=1, padding=4, count_include_pad=False)
+        kernel = [min(9, (length - 1) // 2 * 2 + 1) for length in size.crop[1:]]
+        around = [length // 2 for length in kernel]
+        smooth = nn.functional.avg_pool3d(image, kernel, stride=1, padding=around, count_include_pad=False)
         batches.append({"image": image + 20 * smooth, "label": (smooth > 0.03).long()})
     return batches
 

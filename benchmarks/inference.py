@@ -150,6 +150,7 @@ def report(title: str, device: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks inference``."""
+    parser.add_argument("--only", type=int, choices=range(1, len(TABLES) + 1), help="one table; by default all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
 
 
@@ -159,4 +160,5 @@ def main(options: argparse.Namespace) -> str:
         title, name = json.loads(options.one)
         base = next(iter(TABLES[title].values()))
         return json.dumps(measure(TABLES[title][name], base, options.device))
-    return "\n\n".join(report(title, options.device) for title in TABLES)
+    titles = list(TABLES) if options.only is None else [list(TABLES)[options.only - 1]]
+    return "\n\n".join(report(title, options.device) for title in titles)

@@ -36,10 +36,10 @@ from benchmarks.measuring import (
     table,
     time_steps,
 )
-from common.compare import read_recipes
 from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer, precision, start
 from common.networks import save_weights, state_digest
+from common.recipes import read_recipes
 from common.study import ROOT
 from common.targets import dense_names
 

@@ -20,11 +20,11 @@ import common.data
 import common.engines
 import common.networks
 import common.transforms
-from common.compare import Recipe, _protocol, read_recipes
 from common.data import collate_plain
 from common.engines import SemiSupervisedTrainer
 from common.networks import save_weights
 from common.networks.vnet import VNet
+from common.recipes import Recipe, protocol_overlays, read_recipes
 
 LEFT_ATRIUM = "protocols/left_atrium.json"
 VIEWS = "protocols/left_atrium_views.json"
@@ -138,9 +138,9 @@ def test_crops_lie_anywhere_with_equal_probability_for_all_rows(recipe: str) -> 
     """Whatever the recipe's augmentation is, and wherever the structure lies: here in a corner."""
     found = read_recipes().get(recipe)
     if found is None:
-        parser = parsed("teacher", "train.json", *_protocol("left_atrium", "teacher"))
+        parser = parsed("teacher", "train.json", *protocol_overlays("left_atrium", "teacher"))
     else:
-        parser = parsed("student", "train.json", *found.overlays, *_protocol("left_atrium", "student", found))
+        parser = parsed("student", "train.json", *found.overlays, *protocol_overlays("left_atrium", "student", found))
     parser["patch_size"] = [2, 2, 2]
     crop = parser.get_parsed_content("train#crop").set_random_state(0)
     volume = torch.arange(36).reshape(1, 3, 3, 4)
@@ -170,7 +170,7 @@ def test_what_makes_a_recipe_itself_outlives_the_protocol(recipe: Recipe) -> Non
     files = [config("student", name) for name in ("train.json", *recipe.overlays)]
     before, after = ConfigParser(), ConfigParser()
     before.read_config(files)
-    after.read_config(files + [config("student", name) for name in _protocol("left_atrium", "student", recipe)])
+    after.read_config(files + [config("student", name) for name in protocol_overlays("left_atrium", "student", recipe)])
     replaced = {"learning_rate", "momentum", "weight_decay", "network_def#dropout", "network_def#_target_"}
     if recipe.name != "aggregating_decoupling":
         replaced.add("train#unlabeled_augmentation")
@@ -188,7 +188,7 @@ def test_half_the_loss_but_for_those_that_halve_it_themselves_or_have_whole_sums
     def weight(name: str) -> float:
         recipe = read_recipes()[name]
         parser = ConfigParser()
-        overlays = (*recipe.overlays, *_protocol("left_atrium", "student", recipe))
+        overlays = (*recipe.overlays, *protocol_overlays("left_atrium", "student", recipe))
         parser.read_config([config("student", file) for file in ("train.json", *overlays)])
         return parser["train#trainer#loss_weight"]
 
@@ -202,7 +202,7 @@ class Run:
 
     def __init__(self, recipe: Recipe, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
-        overlays = (*recipe.overlays, *_protocol("left_atrium", "student", recipe))
+        overlays = (*recipe.overlays, *protocol_overlays("left_atrium", "student", recipe))
         parser = ConfigParser(globals={"common": "common", "torch": "torch", "monai": "monai"})
         parser.read_config([config("student", name) for name in ("train.json", *overlays)])
         parser.update({"device": "cpu", "features": SMALL, "patch_size": [32, 32, 32]})

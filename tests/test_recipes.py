@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.errors import BadInput
+from common.recipes import choose_recipes, read_recipes
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_file_is_a_recipe_whose_overlays_exist() -> None:
+    recipes = read_recipes()
+    folder = ROOT / "bundles" / "student" / "configs"
+    partial_labels = {"co_training", "dodnet", "ms_kd"}
+    files = {path.stem for path in (folder / "recipes").glob("*.json")}
+    assert set(recipes) == {"distillation", *files - partial_labels}
+    assert partial_labels < files
+    assert recipes["ase_net_dybac"].overlays == ("recipes/ase_net.json", "recipes/ase_net_dybac.json")
+    assert [recipes[name].title for name in ("ase_net_dybac", "ase_net")] == ["ASE-Net", "ASE-Net without DyBAC"]
+    assert recipes["aggregating_decoupling_without_diffusion"].title == "A&D without diffusion"
+    assert {name for name, recipe in recipes.items() if recipe.needs_teacher} == {
+        "distillation",
+        "knowledge_distillation",
+    }
+    assert {name for name, recipe in recipes.items() if recipe.has_own_optimizer} == {"ase_net", "ase_net_dybac"}
+    everything = [recipe.name for recipe in choose_recipes("all", recipes)]
+    assert everything[0] == "distillation"
+    assert {"ase_net", "ase_net_dybac"} < set(everything)
+    assert not {name for name in everything if "_without_" in name}
+    assert [r.name for r in choose_recipes("bcp,ase_net_dybac", recipes)] == ["distillation", "bcp", "ase_net_dybac"]
+    with pytest.raises(BadInput, match="bpc"):
+        choose_recipes("bpc", recipes)
+
+
+def test_a_variant_is_laid_over_the_recipe_with_the_longest_name(tmp_path: Path) -> None:
+    for name in ("net", "net_wide", "net_wide_again"):
+        own = {"train#method": {}} if name != "net_wide_again" else {"threshold": 1}
+        (tmp_path / f"{name}.json").write_text(json.dumps(own))
+    assert read_recipes(tmp_path)["net_wide_again"].overlays == ("recipes/net_wide.json", "recipes/net_wide_again.json")
+    (tmp_path / "stray.json").write_text("{}")
+    with pytest.raises(BadInput, match="stray"):
+        read_recipes(tmp_path)

@@ -142,10 +142,10 @@ def test_crops_lie_anywhere_with_equal_probability_for_all_rows(recipe: str) -> 
     else:
         parser = parsed("student", "train.json", *found.overlays, *protocol_overlays("left_atrium", "student", found))
     parser["patch_size"] = [2, 2, 2]
-    crop = parser.get_parsed_content("train#crop").set_random_state(0)
+    crop = common.transforms.chain(parser.get_parsed_content("train#crop")).set_random_state(0)
     volume = torch.arange(36).reshape(1, 3, 3, 4)
     case = {"image": MetaTensor(volume.float()), "label": MetaTensor((volume == 0).to(torch.uint8))}
-    draws = [int(common.transforms.chain(crop)(dict(case))["image"].min()) for _ in range(600)]
+    draws = [int(crop(dict(case))["image"].min()) for _ in range(600)]
     counts = [draws.count(start) for start in set(draws)]
     assert len(counts) == 2 * 2 * 3
     assert max(counts) < 80, "of 50 each"

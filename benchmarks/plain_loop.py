@@ -144,6 +144,7 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         network.encoder.lay_out = ChannelsLast(False)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
     loss_function = SegmentationLoss()
+    dtype = precision(True, device) if "bf16" in settings else None
     before = peak_memory(device, reset=True)
     losses: list[float] = []
     seconds: list[float] = []
@@ -161,7 +162,6 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
         logits = torch.compile(_logits) if "compile" in settings else _logits
         # A compiled network leaves the order as it finds it.
         lay_out = channels_side_by_side if settings >= {"compile", "channels_last"} else nn.Identity()
-        dtype = precision(True, device) if "bf16" in settings else None
         for batch in batches:
             began_at = time.perf_counter()
             image, label = batch["image"].to(device), batch["label"].to(device)
@@ -173,7 +173,6 @@ def measure(size: Size, network_name: str, variant: str, device: str) -> dict[st
             losses.append(loss.item())
             seconds.append(time.perf_counter() - began_at)
     peak = peak_memory(device) - before
-    dtype = precision(True, device) if "bf16" in settings else None
     image, label = batches[0]["image"].to(device), batches[0]["label"].to(device)
 
     def passes() -> None:

@@ -34,13 +34,13 @@ from tqdm import tqdm
 from .data.checks import check_cases, check_output
 from .data.datalist import SECTIONS, case_name, load_section, read_datalist
 from .data.grids import read_grid
-from .data.streams import process_share
 from .data.thickness import seen_from
 from .engines.organ_teachers import read_organ_teacher, teachers_in_order
 from .errors import BadInput
 from .files import write_atomically, write_nifti
 from .inferers import SlidingWindow
 from .networks import read_weights, state_digest
+from .processes import process_share
 from .provenance import file_digest
 from .transforms import LoadCased, SplitOutputd, preprocessing
 

@@ -220,9 +220,9 @@ class Study:
         folder = self.folder(run, seed)
         commands = self.commands(run, seed)
         identity = self._identity(run, seed, commands)
-        configs = config_digest(ROOT / "bundles" / run.bundle / "configs")  # before they may change
         if self.record(run, seed).get("identity") == identity:
             return
+        configs = config_digest(ROOT / "bundles" / run.bundle / "configs")  # before they may change
         for parent in run.parents:
             if not self.record(self.runs[parent], seed):
                 raise BadInput(

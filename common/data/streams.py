@@ -24,6 +24,7 @@ from monai.transforms import Compose, Randomizable
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from ..errors import BadInput
+from ..processes import process_share
 from ..targets import is_dense
 
 __all__ = [
@@ -43,13 +44,6 @@ _MOST_PROCESSES, _CORES_A_PROCESS = 4, 4
 _SHARED_MEMORY = 8 * 2**30
 #: what a container may use of its machine's cores: a quota and a period, in microseconds
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
-
-
-def process_share() -> tuple[int, int]:
-    """This process's rank, and the number of processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 class EpochSampler(Sampler):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ..errors import BadInput
 from ..methods.base import Method
+from ..processes import gathered
 from .occupancy import leave
 from .precision import precision
 
@@ -135,15 +136,12 @@ class SemiSupervisedTrainer(Trainer):
                 self._counts[name] += 1
 
     def _finish_epoch(self) -> None:
-        shares = [(dict(self._sums), dict(self._counts))]
         if dist.is_available() and dist.is_initialized():
             # As before every step, or each process would validate with the statistics of its own last batch.
             for buffer in self.method.buffers():
                 dist.broadcast(buffer, 0)
-            # As objects, because a term may have had no value in some of the processes.
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, shares[0])
-            shares = gathered
+        # As objects, because a term may have had no value in some of the processes.
+        shares = gathered((dict(self._sums), dict(self._counts)))
         names = dict.fromkeys(name for sums, _ in shares for name in sums)
         means = {
             f"train/{name}": sum(sums.get(name, 0.0) for sums, _ in shares)

@@ -15,6 +15,7 @@ from ignite.engine import Engine
 from monai.data import MetaTensor
 
 from ..errors import BadInput
+from ..processes import gathered
 
 __all__ = ["array", "case_file", "case_meta", "cases_of", "gather_cases", "is_main", "mean_and_spread", "number"]
 
@@ -76,10 +77,9 @@ def gather_cases(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         rows: this process's, each with its case's ``file``; of the cases that :class:`~common.data.ProcessShare` gives.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    shares = gathered(rows)
+    if len(shares) == 1:
         return rows
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, rows)
     in_turn = (row for turn in zip_longest(*shares) for row in turn if row is not None)
     return list({row["file"]: row for row in in_turn}.values())
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from torch import nn
@@ -19,6 +18,7 @@ from ..engines.trainer import SemiSupervisedTrainer
 from ..errors import BadInput
 from ..files import remove_leftovers, write_atomically
 from ..networks import check_finite, save_weights
+from ..processes import gathered
 from ..switches import is_on
 
 __all__ = ["Checkpoint"]
@@ -116,16 +116,13 @@ class Checkpoint:
     def _exists(self) -> bool:
         """Whether there is a checkpoint, which the first process says for all: they must all do the same."""
         found = self.checkpoint_path.exists()
-        if not (dist.is_available() and dist.is_initialized()):
-            return found
-        of_first = [found]
-        dist.broadcast_object_list(of_first, 0)
-        if of_first[0] and not found:
+        of_first = gathered(found)[0]
+        if of_first and not found:
             raise BadInput(
                 f"{self.checkpoint_path}: found no checkpoint here, though the first process has one to resume from. "
                 "Choose an output_dir on a disk that all machines of the run share."
             )
-        return of_first[0]
+        return of_first
 
     def _set_aside(self) -> None:
         """Keep what a former run has left from being taken for this one's, and from being lost before it has begun."""

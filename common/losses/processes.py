@@ -8,12 +8,14 @@ from monai.losses import DiceLoss
 from monai.losses.utils import compute_tp_fp_fn
 from torch import Tensor
 
+from ..processes import process_share
+
 __all__ = ["PooledDice", "distributed", "mean_count", "mean_over_processes"]
 
 
 def distributed() -> bool:
     """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return process_share()[1] > 1
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class DyBAC(nn.Module):
             # Of depthwise convolutions the backward pass in bf16 takes five times as long as in float32.
             with torch.autocast("cpu", enabled=False):
                 return self._convolve(full_precision(x), full_precision(kernels))
-        return self._convolve(x, kernels.to(x.dtype))
+        return self._convolve(x, kernels)
 
     def _convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
         samples: list[Tensor] = []
@@ -154,6 +154,15 @@ def make_dynamic(block: nn.Module) -> None:
         stride=conv.stride,
         bias=conv.bias is not None,
     )
+
+
+def _make_stages_dynamic(network: SegmentationNetwork | VNet) -> None:
+    """All stages' convolutions of an odd size but the very first; those of an even one halve or double the axes."""
+    stages = [*network.encoder.stages, *network.segmentation_decoder.stages]
+    blocks = [block for stage in stages for block in stage.children()]
+    for block in blocks[1:]:
+        if all(size % 2 for size in block.get_submodule("conv").kernel_size):
+            make_dynamic(block)
 
 
 def anneal(network: nn.Module, fraction: float) -> None:
@@ -191,9 +200,7 @@ class DyBACNetwork(SegmentationNetwork):
             *(spatial_dims, in_channels, out_channels, features, kernel_sizes, strides),
             *(convolutions_per_stage, dropout, channels_last),
         )
-        stages = [*self.encoder.stages, *self.segmentation_decoder.stages]
-        for block in [block for stage in stages for block in stage][1:]:
-            make_dynamic(block)
+        _make_stages_dynamic(self)
 
 
 class DyBACVNet(VNet):
@@ -217,9 +224,4 @@ class DyBACVNet(VNet):
         channels_last: bool | None = None,
     ) -> None:
         super().__init__(spatial_dims, in_channels, out_channels, features, convolutions, dropout, channels_last)
-        for stage in self.encoder.stages:
-            for block in list(stage.children())[1:]:
-                make_dynamic(block)
-        for stage in self.segmentation_decoder.stages:
-            for block in stage.children():
-                make_dynamic(block)
+        _make_stages_dynamic(self)

@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import ignite.distributed as idist
@@ -22,6 +23,8 @@ from torch.optim import Optimizer
 from ..errors import BadInput
 from ..methods.base import Method
 from ..processes import gathered
+from ..switches import is_on
+from .compilation import compiled_networks
 from .occupancy import leave
 from .precision import precision
 
@@ -56,6 +59,7 @@ class SemiSupervisedTrainer(Trainer):
         gradient_clip: the largest 2-norm of an optimiser's gradients; None for no limit.
         loss_weight: what every loss is multiplied by before its gradients are taken; what is logged stays as it is.
         seed: base of the random state.
+        compile: whether the networks are compiled, see :func:`~.compilation.compiled_networks`.
         train_handlers: Ignite handlers with an ``attach`` method.
 
     Raises:
@@ -75,6 +79,7 @@ class SemiSupervisedTrainer(Trainer):
         gradient_clip: float | None = 12.0,
         loss_weight: float = 1.0,
         seed: int = 0,
+        compile: bool | str = False,  # noqa: A002 (as PyTorch calls it)
         train_handlers: Sequence | None = None,
     ) -> None:
         device = torch.device(device)
@@ -84,6 +89,7 @@ class SemiSupervisedTrainer(Trainer):
         self.gradient_clip = gradient_clip
         self.loss_weight = loss_weight
         self.seed = seed
+        self.compile = is_on(compile, "compile")
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         super().__init__(
@@ -109,7 +115,8 @@ class SemiSupervisedTrainer(Trainer):
             ids = [device.index] if device.type == "cuda" else None
             self.model = DistributedDataParallel(self.method, device_ids=ids, find_unused_parameters=True)
         try:
-            Workflow.run(self)
+            with compiled_networks(self.method) if self.compile else nullcontext():
+                Workflow.run(self)
         finally:
             self.model = self.method  # what is distributed holds the process group, see `stop_distributed`
             leave()

@@ -74,16 +74,20 @@ def _vnet() -> nn.Module:
 TURNS = 5
 ATRIUM, CHEST = (175, 132, 88), (128, 128, 128)
 SMALL = {"roi_size": (64, 64, 64)}
+TITLES = {
+    "left_atrium": "Left atrium, 175 x 132 x 88, V-Net, windows of 112 x 112 x 80",
+    "thickness": "Segmentation and thickness, 128 x 128 x 128, windows of 64 x 64 x 64",
+}
 #: tables, the first row of each is what the others are compared with
 TABLES = {
-    "Left atrium, 175 x 132 x 88, V-Net, windows of 112 x 112 x 80": {
+    "left_atrium": {
         "stride 18/18/4, fp32 (literature)": Row((_vnet,), ATRIUM, {**LITERATURE, "amp": False}),
         "stride 18/18/4": Row((_vnet,), ATRIUM, LITERATURE),
         "overlap 0.5, fp32": Row((_vnet,), ATRIUM, {**LEFT_ATRIUM, "amp": False}),
         "overlap 0.5 (default)": Row((_vnet,), ATRIUM, LEFT_ATRIUM),
         "overlap 0.25": Row((_vnet,), ATRIUM, {**LEFT_ATRIUM, "overlap": 0.25}),
     },
-    "Segmentation and thickness, 128 x 128 x 128, windows of 64 x 64 x 64": {
+    "thickness": {
         "two networks": Row((_segmentation, _regression), CHEST, SMALL),
         "segmentation network": Row((_segmentation,), CHEST, SMALL),
         "regression network": Row((_regression,), CHEST, SMALL),
@@ -126,11 +130,11 @@ def measure(row: Row, base: Row, device: str) -> dict[str, Any]:
     }
 
 
-def report(title: str, device: str) -> str:
+def report(table_name: str, device: str) -> str:
     """One table."""
     found = {
-        name: in_own_process("inference", ["--one", json.dumps([title, name]), "--device", device])
-        for name in TABLES[title]
+        name: in_own_process("inference", ["--one", json.dumps([table_name, name]), "--device", device])
+        for name in TABLES[table_name]
     }
     cells = [
         [
@@ -145,20 +149,19 @@ def report(title: str, device: str) -> str:
         for name, item in found.items()
     ]
     titles = ["", "volume [s]", "ratio", "in single turns", "times as fast", "memory [MiB]", "weights [M]"]
-    return "\n".join([f"### {title}", "", f"{device_name(device)}.", "", table(titles, cells)])
+    return "\n".join([f"### {TITLES[table_name]}", "", f"{device_name(device)}.", "", table(titles, cells)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m benchmarks inference``."""
-    parser.add_argument("--only", type=int, choices=range(1, len(TABLES) + 1), help="one table; by default all")
+    parser.add_argument("--only", choices=TABLES, help="one table; by default all")
     parser.add_argument("--one", help=argparse.SUPPRESS)
 
 
 def main(options: argparse.Namespace) -> str:
     """The Markdown."""
     if options.one is not None:
-        title, name = json.loads(options.one)
-        base = next(iter(TABLES[title].values()))
-        return json.dumps(measure(TABLES[title][name], base, options.device))
-    titles = list(TABLES) if options.only is None else [list(TABLES)[options.only - 1]]
-    return "\n\n".join(report(title, options.device) for title in titles)
+        table_name, name = json.loads(options.one)
+        base = next(iter(TABLES[table_name].values()))
+        return json.dumps(measure(TABLES[table_name][name], base, options.device))
+    return "\n\n".join(report(name, options.device) for name in ([options.only] if options.only else TABLES))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,6 +135,8 @@ def crops(size: Size, steps: int) -> list[dict[str, Tensor]]:
 def measure(size: Size, network_name: str, variant: str, device: str) -> dict[str, Any]:
     """Seconds of a step, peak memory, FLOPs and losses of one row."""
     settings = VARIANTS[variant]
+    nothing_compiled_yet = tempfile.TemporaryDirectory()  # what an earlier run has compiled would be taken from its own
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = nothing_compiled_yet.name
     if "engine" in settings:
         start(0, device)
     torch.manual_seed(0)

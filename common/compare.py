@@ -43,6 +43,18 @@ __all__ = [
 
 SUPERVISED, TEACHER, UPPER_BOUND = "supervised", "teacher", "supervised_all"
 _WIDTH = 32
+#: keys of the configs that follow from options, and so can't be set beside them
+_OF_OPTIONS = {
+    "dataset_dir": "--data",
+    "datalist": "--datalist",
+    "seed": "--seeds",
+    "device": "--device",
+    "output_dir": "--output",
+    "ckpt_dir": "--output",
+    "teacher_path": "--output",
+    "iterations_per_epoch": "--iterations-per-epoch",
+    "train#trainer#max_epochs": "--steps",
+}
 
 
 def describe(
@@ -180,7 +192,7 @@ def _alike(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Refuse overrides that no run would notice.
+    """Refuse overrides that no run would notice, or that contradict the comparison's own options.
 
     Args:
         settings: values by key.
@@ -188,8 +200,11 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
 
     Raises:
         BadInput: a key that none of the runs' configs has; of a component, which may have other arguments than those
-            that are written down, the part before the last ``#`` must be there.
+            that are written down, the part before the last ``#`` must be there. Or one that follows from an option.
     """
+    for key in settings:
+        if key in _OF_OPTIONS:
+            raise BadInput(f"--set {key}: it follows from {_OF_OPTIONS[key]}. Give that instead.")
     plan = (description.get("plan") or {}).get("set", {})
     unknown, keys = [key for key in settings if key not in plan], set(plan)
     for bundle, overlays in {(run["bundle"], tuple(run["overlays"])) for run in description["runs"].values()}:

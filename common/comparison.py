@@ -107,6 +107,9 @@ class Comparison:
             case_name(entry): entry
             for entry in load_section(study.data / self.reference.datalist, self.section, required=False)
         }
+        patients = {case: patient_key(entry) for case, entry in self.cases.items()}
+        #: the patient of each case that has one
+        self.patients = {case: patient for case, patient in patients.items() if patient is not None}
 
     def write(self, failures: Sequence[str] = ()) -> str:
         """Write ``compare.md``, ``compare.json`` and ``compare.png``, log them, and return the Markdown."""
@@ -200,8 +203,7 @@ class Comparison:
 
         Each pair is compared over the seeds that both rows have.
         """
-        patients = {case: patient_key(entry) for case, entry in self.cases.items()}
-        units = {case: case if patient is None else f"patient {patient}" for case, patient in patients.items()}
+        units = {case: f"patient {patient}" for case, patient in self.patients.items()}
         found = []
         for run in self.runs:
             done = [self.study.records_by_seed(r) for r in (run, self.reference)]
@@ -256,7 +258,7 @@ class Comparison:
             lines += [markdown_table(columns, rows), ""]
         reference = self.reference.title or self.reference.name
         if content["tests"]:
-            unit = "patient" if any(patient_key(entry) is not None for entry in self.cases.values()) else "case"
+            unit = "patient" if self.patients else "case"
             lines += [f"### Against {reference}", ""]
             tests = [
                 {k: _p_value(v) if k.startswith(("t_", "wil")) else v for k, v in test.items()}

@@ -329,7 +329,7 @@ def test_tables_of_cases_that_were_learnt_from_say_so(
 
 def test_a_key_of_any_config_may_be_set_and_an_argument_of_any_component() -> None:
     description = describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1)
-    known = ("threshold", "section", "train#trainer#max_epochs", "inferer#stride", "train#method#box", "edges")
+    known = ("threshold", "section", "train#trainer#gradient_clip", "inferer#stride", "train#method#box", "edges")
     check_settings(dict.fromkeys(known), {**description, "plan": {"set": {"edges": 1}}})
 
 
@@ -368,6 +368,8 @@ def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Pa
         (["--upper-bound", "other_labels.json"], "its `validation` is not that of"),
         (["--set", "mirror_axis=[0]"], "--set mirror_axis: none of the configs has it.*mirror_axes"),
         (["--set", "train#method#decay#of=1"], "none of the configs has it"),
+        (["--set", "seed=3"], "--set seed: it follows from --seeds"),
+        (["--set", "train#trainer#max_epochs=3"], "it follows from --steps"),
         (["--width", "32"], "--width: it is for a plan that is made"),
         (["--max-width", "64"], "--max-width"),
         (["--memory", "8GB"], "--memory"),

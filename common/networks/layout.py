@@ -2,7 +2,7 @@
 
 Convolutions there work in that order and otherwise copy their result back, which costs up to twice what they compute.
 The networks' encoders bring the image into it, and their layers hand it on. ``docs/performance.md`` has what it is
-worth. A network that is traced, exported or compiled stays in the default order.
+worth. A network that is traced, exported or compiled takes its image as it is.
 """
 
 from __future__ import annotations

@@ -10,11 +10,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..data.datalist import SECTIONS, case_name
+from ..data.datalist import SECTIONS, case_name, with_names
+from ..errors import BadInput
 
 __all__ = ["Names", "find_leaks", "identifiers", "plain_words", "texts_of"]
 
@@ -79,13 +81,19 @@ _SHORTEST_NUMBER = 4
 
 
 def identifiers(datalist: Mapping[str, Any]) -> set[str]:
-    """Names of a datalist's cases and patients."""
+    """Names of a datalist's cases and patients, and of the folders that tell cases apart whose files are alike."""
     names = set()
     for section in SECTIONS:
-        for entry in datalist.get(section, ()):
+        entries = datalist.get(section, ())
+        for entry in entries:
             names.add(case_name(entry))
             if entry.get("patient") is not None:
                 names.add(str(entry["patient"]))
+        with suppress(BadInput):  # one file twice, which has no folders of its own
+            for entry, named in zip(entries, with_names(entries), strict=True):
+                name, in_results = case_name(entry), case_name(named)
+                if in_results != name:
+                    names |= {in_results, in_results.removesuffix(f"_{name}")}
     return {name for name in names if _words(name)}
 
 

@@ -144,6 +144,14 @@ def test_identifiers_of_a_datalist() -> None:
     assert identifiers(content) == {"bulla7", "K2093", "007", "7", "c", "12345", "liver", "Hans Mueller"}
 
 
+def test_folders_that_tell_cases_apart_are_identifiers() -> None:
+    entries = [{"image": f"scans/{patient}/ct/image.nii.gz"} for patient in ("mueller", "meier")]
+    named = {"image", "mueller", "meier", "mueller_image", "meier_image"}
+    assert identifiers({"training": entries}) == named
+    assert identifiers({"training": entries[:1]}) == {"image"}
+    assert identifiers({"training": [{"image": "a/x.nii"}, {"image": "./a/x.nii"}]}) == {"x"}
+
+
 def test_names_are_words() -> None:
     names = Names(["p01", "Anna-Lena", "Li", "X", "00042", "Ærø", "7"])
     assert names.find("P01") == names.find("ct_p01_left") == {"p01"}

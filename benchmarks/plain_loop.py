@@ -135,8 +135,6 @@ def crops(size: Size, steps: int) -> list[dict[str, Tensor]]:
 def measure(size: Size, network_name: str, variant: str, device: str) -> dict[str, Any]:
     """Seconds of a step, peak memory, FLOPs and losses of one row."""
     settings = VARIANTS[variant]
-    nothing_compiled_yet = tempfile.TemporaryDirectory()  # what an earlier run has compiled would be taken from its own
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = nothing_compiled_yet.name
     if "engine" in settings:
         start(0, device)
     torch.manual_seed(0)
@@ -251,5 +249,7 @@ def main(options: argparse.Namespace) -> str:
     """The Markdown."""
     if options.one is not None:
         size, network, variant = json.loads(options.one)
-        return json.dumps(measure(SIZES[size], network, variant, options.device))
+        with tempfile.TemporaryDirectory() as nothing_compiled_yet:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = nothing_compiled_yet
+            return json.dumps(measure(SIZES[size], network, variant, options.device))
     return "\n\n".join(report(name, options.device) for name in ([options.only] if options.only else SIZES))

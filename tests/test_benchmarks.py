@@ -11,12 +11,13 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-import torch
 from bundle_runs import PLAN
 
 from benchmarks import inference, large_volume, loading, plain_loop, start_up, training
 from benchmarks.__main__ import SECTIONS, main
 from common.data.phantom import generate_phantoms
+from common.engines import trainer
+from common.engines.compilation import compiled_networks
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_rows_are_set_beside_supervised_training(monkeypatch: pytest.MonkeyPatch
 
 def test_every_variant_of_the_loop_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     # The default backend compiles for minutes, and needs a compiler.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend="eager"))
     size = plain_loop.SIZES["small"]
     small = plain_loop.Size(size.title, (2, 16, 16, 16), size.networks, 4)
     plain, *others = (plain_loop.measure(small, "network 16-128", name, "cpu") for name in plain_loop.VARIANTS)

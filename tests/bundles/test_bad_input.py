@@ -234,6 +234,7 @@ def test_nothing_to_predict(
     [
         ({"patch_size": [16, 16, 18]}, ["patch_size", "[4, 4, 4]"]),
         ({"amp": "fp8"}, ["amp", "fp8"]),
+        ({"compile": "maybe"}, ["compile", "maybe"]),
         ({"select": "newest"}, ["select", "newest"]),
         ({"output_dir": "FILE/below"}, ["FILE/below"]),
         ({"learning_rate": 1e30}, ["learning_rate", "diverged"]),

@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bundle_runs import PLAN
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
+from benchmarks.training import configuration, crops
 from common.engines import SemiSupervisedTrainer, trainer
 from common.engines.compilation import compiled_networks
 from common.errors import BadInput
@@ -21,10 +28,12 @@ class Backend:
     """Compiles nothing, and keeps the strides of each image that came through what it was given."""
 
     def __init__(self) -> None:
+        self.calls = 0
         self.images: list[tuple[int, ...]] = []
 
     def __call__(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         def call(*values: Tensor) -> Any:
+            self.calls += 1
             self.images += [value.stride() for value in values if value.shape == (2, 1, 16, 16)]
             return graph(*values)
 
@@ -45,6 +54,10 @@ class Numbers(Method):
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
+
+
+def make_boxed_func_of(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    return make_boxed_func(graph)
 
 
 def network() -> SegmentationNetwork:
@@ -97,6 +110,15 @@ def test_only_training_passes_with_gradients_are_compiled() -> None:
         assert len(backend.images) == 1
 
 
+def test_a_copy_made_meanwhile_has_its_own_weights() -> None:
+    method, image = Supervised(network()), torch.randn(2, 1, 16, 16)
+    with compiled_networks(method, Backend()):
+        copied = copy.deepcopy(method.network)
+        torch.nn.init.zeros_(copied.segmentation_decoder.heads[-1].weight)
+        for mode in (True, False):
+            assert copied.train(mode)(image).std() < method.network.train(mode)(image).std()
+
+
 def test_nothing_is_left_in_the_network_even_after_an_error() -> None:
     method, backend = Supervised(network()), Backend()
     with pytest.raises(KeyError), compiled_networks(method, backend):
@@ -126,6 +148,16 @@ def test_what_cannot_be_compiled_says_why() -> None:
         method.network.train()(torch.randn(2, 1, 16, 16))
 
 
+def test_a_backward_pass_that_cannot_be_compiled_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        raise BackendCompilerFailed(broken, RuntimeError("no backward today"), None)  # as PyTorch's own does
+
+    backend = aot_autograd(fw_compiler=make_boxed_func_of, bw_compiler=broken)
+    monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend=backend))
+    with pytest.raises(BadInput, match=r"compile: .*no backward today"):
+        train(Supervised(network()), True)
+
+
 def test_an_error_of_the_network_itself_is_not_taken_for_the_compilers() -> None:
     method = Supervised(network())
     with pytest.raises(BadInput, match="patch_size"), compiled_networks(method, Backend()):
@@ -135,3 +167,29 @@ def test_an_error_of_the_network_itself_is_not_taken_for_the_compilers() -> None
 def test_the_switch_is_checked() -> None:
     with pytest.raises(BadInput, match="compile: found 'yes'"):
         train(Supervised(network()), "yes")
+
+
+# Several networks and optimisers, a moving average, locked parts, kept features: what is trained is compiled in each.
+@pytest.mark.parametrize(
+    "name", ["distillation", "cps", "ase_net", "dual_decoder", "dual_decoder_severity", "dual_decoder_end_to_end"]
+)
+def test_everything_takes_the_same_steps_compiled(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    backend = Backend()
+    monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend=backend))
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(PLAN))
+    states = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        parser = configuration(name, tmp_path, str(plan), "cpu")
+        handlers = [parser.get_parsed_content("lock_in")] if "lock_in" in parser else []
+        method, optimizer = (parser.get_parsed_content(f"train#{part}") for part in ("method", "optimizer"))
+        batches = [crops(parser, name)] * 2
+        engine = SemiSupervisedTrainer(
+            *("cpu", 1, batches, method, optimizer), amp="bf16", compile=on, train_handlers=handlers
+        )
+        engine.run()
+        states.append(method.state_dict())
+    assert backend.calls
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, msg=key)

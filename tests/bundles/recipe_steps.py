@@ -20,7 +20,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.training import DUAL, configuration, crops
+from benchmarks.training import configuration, crops
 from common.engines import SemiSupervisedTrainer, start_distributed, stop_distributed
 from common.methods import distillation
 
@@ -36,12 +36,12 @@ class SameDraws:
         engine.add_event_handler(Events.ITERATION_STARTED, lambda engine: torch.manual_seed(engine.state.iteration))
 
 
-def train(name: str, folder: Path, plan: str, ranks: Sequence[int]) -> dict[str, Tensor]:
-    """The weights after some steps of the engine with the batches of some ranks in one."""
+def train(name: str, folder: Path, plan: str, ranks: Sequence[int], **settings: Any) -> dict[str, Tensor]:
+    """The weights after some steps of the engine with the batches of some ranks in one; settings are the engine's."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     parser = configuration(name, folder, plan, "cpu")
-    handlers = [SameDraws(), *([parser.get_parsed_content("lock_in")] if name in DUAL else [])]
+    handlers = [SameDraws(), *([parser.get_parsed_content("lock_in")] if "lock_in" in parser else [])]
     method, optimizer = parser.get_parsed_content("train#method"), parser.get_parsed_content("train#optimizer")
     for item in optimizer.values() if isinstance(optimizer, dict) else [optimizer]:
         for group in item.param_groups:
@@ -51,9 +51,8 @@ def train(name: str, folder: Path, plan: str, ranks: Sequence[int]) -> dict[str,
         together([unlike(crops(parser, name, seed=2 * step + rank), rank) for rank in ranks], in_halves=name == "bcp")
         for step in range(STEPS)
     ]
-    trainer = SemiSupervisedTrainer(
-        "cpu", LAST_EPOCH, batches, method, optimizer, False, parser["gradient_clip"], train_handlers=handlers
-    )
+    settings = {"amp": False, "gradient_clip": parser["gradient_clip"], "train_handlers": handlers, **settings}
+    trainer = SemiSupervisedTrainer("cpu", LAST_EPOCH, batches, method, optimizer, **settings)
     trainer.state.epoch, trainer.state.iteration = LAST_EPOCH - 1, (LAST_EPOCH - 1) * STEPS
     with DrawForTwo() if len(ranks) > 1 else nullcontext():
         trainer.run()

@@ -11,17 +11,17 @@ import pytest
 import torch
 from bundle_runs import PLAN
 from functorch.compile import make_boxed_func
+from recipe_steps import train as train_recipe
+from tiny_networks import real_batch, small
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from benchmarks.training import configuration, crops
 from common.engines import SemiSupervisedTrainer, trainer
 from common.engines.compilation import compiled_networks
 from common.errors import BadInput
 from common.methods import MeanTeacher, Method, Supervised
-from common.networks import SegmentationNetwork
 
 
 class Backend:
@@ -34,7 +34,7 @@ class Backend:
     def __call__(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         def call(*values: Tensor) -> Any:
             self.calls += 1
-            self.images += [value.stride() for value in values if value.shape == (2, 1, 16, 16)]
+            self.images += [value.stride() for value in values if value.shape[1:] == (1, 16, 16)]
             return graph(*values)
 
         return call
@@ -60,21 +60,9 @@ def make_boxed_func_of(graph: GraphModule, inputs: list[Tensor]) -> Callable[...
     return make_boxed_func(graph)
 
 
-def network() -> SegmentationNetwork:
-    torch.manual_seed(0)
-    return SegmentationNetwork(2, 1, 3, [2, 4], [3, 3], [1, 2], 1)
-
-
-def batch() -> dict[str, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    images = {name: torch.randn(1, 1, 16, 16, generator=generator) for name in ("labeled", "unlabeled")}
-    label = torch.randint(3, (1, 1, 16, 16), generator=generator)
-    return {"labeled": {"image": images["labeled"], "label": label}, "unlabeled": {"image": images["unlabeled"]}}
-
-
 def train(method: Method, compile_it: bool | str) -> SemiSupervisedTrainer:
     optimizer = torch.optim.SGD(method.trainable_parameters(), lr=0.1)
-    engine = SemiSupervisedTrainer("cpu", 2, [batch()] * 2, method, optimizer, amp=False, compile=compile_it)
+    engine = SemiSupervisedTrainer("cpu", 2, [real_batch()] * 2, method, optimizer, amp=False, compile=compile_it)
     engine.run()
     return engine
 
@@ -82,7 +70,7 @@ def train(method: Method, compile_it: bool | str) -> SemiSupervisedTrainer:
 def test_compiled_training_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend=backend))
-    plain, compiled = MeanTeacher(network()), MeanTeacher(network())
+    plain, compiled = MeanTeacher(small(0)), MeanTeacher(small(0))
     losses = [train(method, on).state.output["loss"] for method, on in ((plain, False), (compiled, "true"))]
     assert losses[0] == losses[1]
     for name, value in plain.state_dict().items():
@@ -94,11 +82,11 @@ def test_compiled_training_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch)
 
 def test_nothing_is_compiled_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
-    train(Supervised(network()), "false")
+    train(Supervised(small(0)), "false")
 
 
 def test_only_training_passes_with_gradients_are_compiled() -> None:
-    method, backend, image = Supervised(network()), Backend(), torch.randn(2, 1, 16, 16)
+    method, backend, image = Supervised(small(0)), Backend(), torch.randn(2, 1, 16, 16)
     expected = method.network.eval()(image)
     with compiled_networks(method, backend):
         assert torch.equal(method.network(image), expected)
@@ -111,7 +99,7 @@ def test_only_training_passes_with_gradients_are_compiled() -> None:
 
 
 def test_a_copy_made_meanwhile_has_its_own_weights() -> None:
-    method, image = Supervised(network()), torch.randn(2, 1, 16, 16)
+    method, image = Supervised(small(0)), torch.randn(2, 1, 16, 16)
     with compiled_networks(method, Backend()):
         copied = copy.deepcopy(method.network)
         torch.nn.init.zeros_(copied.segmentation_decoder.heads[-1].weight)
@@ -120,7 +108,7 @@ def test_a_copy_made_meanwhile_has_its_own_weights() -> None:
 
 
 def test_nothing_is_left_in_the_network_even_after_an_error() -> None:
-    method, backend = Supervised(network()), Backend()
+    method, backend = Supervised(small(0)), Backend()
     with pytest.raises(KeyError), compiled_networks(method, backend):
         raise KeyError("a handler's")
     copied = copy.deepcopy(method.network)
@@ -138,7 +126,7 @@ def test_what_cannot_be_compiled_says_why() -> None:
     def broken(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         raise RuntimeError("No working C++ compiler found")
 
-    method = Supervised(network())
+    method = Supervised(small(0))
     with (
         pytest.raises(
             BadInput, match=r"compile: .*SegmentationNetwork.*No working C[+][+] compiler.*Set compile to false"
@@ -155,18 +143,18 @@ def test_a_backward_pass_that_cannot_be_compiled_says_why(monkeypatch: pytest.Mo
     backend = aot_autograd(fw_compiler=make_boxed_func_of, bw_compiler=broken)
     monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend=backend))
     with pytest.raises(BadInput, match=r"compile: .*no backward today"):
-        train(Supervised(network()), True)
+        train(Supervised(small(0)), True)
 
 
 def test_an_error_of_the_network_itself_is_not_taken_for_the_compilers() -> None:
-    method = Supervised(network())
+    method = Supervised(small(0))
     with pytest.raises(BadInput, match="patch_size"), compiled_networks(method, Backend()):
         method.network.train()(torch.randn(2, 1, 15, 16))
 
 
 def test_the_switch_is_checked() -> None:
     with pytest.raises(BadInput, match="compile: found 'yes'"):
-        train(Supervised(network()), "yes")
+        train(Supervised(small(0)), "yes")
 
 
 # Several networks and optimisers, a moving average, locked parts, kept features: what is trained is compiled in each.
@@ -178,18 +166,7 @@ def test_everything_takes_the_same_steps_compiled(name: str, monkeypatch: pytest
     monkeypatch.setattr(trainer, "compiled_networks", partial(compiled_networks, backend=backend))
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(PLAN))
-    states = []
-    for on in (False, True):
-        torch.manual_seed(0)
-        parser = configuration(name, tmp_path, str(plan), "cpu")
-        handlers = [parser.get_parsed_content("lock_in")] if "lock_in" in parser else []
-        method, optimizer = (parser.get_parsed_content(f"train#{part}") for part in ("method", "optimizer"))
-        batches = [crops(parser, name)] * 2
-        engine = SemiSupervisedTrainer(
-            *("cpu", 1, batches, method, optimizer), amp="bf16", compile=on, train_handlers=handlers
-        )
-        engine.run()
-        states.append(method.state_dict())
+    states = [train_recipe(name, tmp_path, str(plan), (0,), amp="bf16", compile=on) for on in (False, True)]
     assert backend.calls
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, msg=key)

@@ -17,6 +17,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .depthwise import DepthwiseConvolution
 from .unet import PerAxis, SegmentationNetwork, full_precision, initialise, per_axis
 from .vnet import CONVOLUTIONS, FEATURES, VNet
 
@@ -113,25 +114,25 @@ class DyBAC(nn.Module):
 
     def kernel_attention(self, x: Tensor) -> Tensor:
         """The weights (B, N) of the kernels for each sample of ``x`` (B, C, *spatial); each sample's sum to 1."""
-        return torch.softmax(full_precision(self.kernel_excitation(x.flatten(2).mean(2))) / self.temperature, dim=1)
+        # The mean as a product, so that its gradient lies in memory as x does, to which it is added.
+        each = x.flatten(2).transpose(1, 2)
+        mean = torch.matmul(each.new_full((x.shape[0], 1, each.shape[1]), 1 / each.shape[1]), each).squeeze(1)
+        return torch.softmax(full_precision(self.kernel_excitation(mean)) / self.temperature, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to (B, out_channels, *spatial), each axis divided by its stride and rounded up."""
         excitation = self.spatial_excitation(x)
         excitation = F.layer_norm(excitation, excitation.shape[1:]) * self.spatial_scale + self.spatial_shift
-        x = x * torch.sigmoid(excitation)
+        x = x * torch.sigmoid(excitation).to(x.dtype)
         kernels = torch.einsum("bn,nc...->bc...", self.kernel_attention(x), self.kernels)
         return self.output(self._depthwise(x, kernels.unsqueeze(2)))
 
     def _depthwise(self, x: Tensor, kernels: Tensor) -> Tensor:
         """Each sample of ``x`` (B, C, *spatial) with its own ``kernels`` (B, C, 1, *size)."""
-        if not torch.jit.is_scripting() and x.device.type == "cpu":
-            # Of depthwise convolutions the backward pass in bf16 takes five times as long as in float32.
-            with torch.autocast("cpu", enabled=False):
-                return self._convolve(full_precision(x), full_precision(kernels))
-        return self._convolve(x, kernels)
-
-    def _convolve(self, x: Tensor, kernels: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and x.device.type == "cpu" and torch.is_grad_enabled():
+            if torch.is_autocast_enabled("cpu"):
+                x, kernels = x.to(torch.get_autocast_dtype("cpu")), kernels.to(torch.get_autocast_dtype("cpu"))
+            return DepthwiseConvolution.apply(x, kernels.squeeze(2), self.stride)
         samples: list[Tensor] = []
         # Not in one convolution with the samples as groups: that would leave the order in memory.
         for sample, kernel in zip(x.split(1), kernels.unbind()):  # noqa: B905 (TorchScript)

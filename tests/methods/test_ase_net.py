@@ -530,6 +530,25 @@ def test_labelled_and_unlabelled_crops_are_augmented_alike(tmp_path):
     assert labeled == unlabeled
 
 
+def test_labelled_and_unlabelled_crops_are_cut_from_the_same_places(tmp_path):
+    """Or the first discriminator could tell them apart without looking at the prediction."""
+    parser = recipe(tmp_path, "ase_net")
+    size = parser["patch_size"]
+    grid = torch.stack(torch.meshgrid(*(torch.arange(2 * side) for side in size), indexing="ij")).float()
+    label = torch.zeros(1, *grid.shape[1:])
+    label[..., -2:, -2:] = 1  # in a corner, where crops round a structure would lie
+    shares = []
+    for name in ("crop", "unlabeled_crop"):
+        place = parser.get_parsed_content(f"train#{name}").set_random_state(0)
+        starts = []
+        for _ in range(200):
+            cropped = place({"image": grid.clone(), "label": label.clone()})
+            starts.append((cropped[0] if isinstance(cropped, list) else cropped)["image"].flatten(1)[:, 0])
+        shares.append((torch.stack(starts) / torch.tensor(size)).mean(0))
+    torch.testing.assert_close(shares[0], shares[1], atol=0.1, rtol=0)
+    assert (shares[0] < 0.6).all(), "in the mean half way"
+
+
 def test_weights_of_the_dybac_recipe_fit_inference_with_its_network(tmp_path):
     parser = ConfigParser()
     plan = tmp_path / "plan.json"

@@ -179,6 +179,9 @@ def test_what_makes_a_recipe_itself_outlives_the_protocol(recipe: Recipe) -> Non
             kept = {**after[key]} if isinstance(after[key], dict) else after[key]
             if key == "train#method":
                 kept.pop("segmentation_loss")
+            if key == "train#method" and "discriminator" in kept:
+                assert kept["discriminator"]["features"] == [64, 128, 256, 512], "as published"
+                kept["discriminator"] = {**kept["discriminator"], "features": "$@features[1:]"}
             assert kept == before[key], key
     network = "dynamic_convolution.DyBACVNet" if recipe.name == "ase_net_dybac" else "vnet.VNet"
     assert after["network_def#_target_"] == f"common.networks.{network}"
@@ -293,3 +296,27 @@ def test_it_trains_and_evaluates(workflow: Callable[..., None], phantoms: Path, 
     workflow("student", *overlays, names=("train.json", "evaluate.json"), **small, **student)
     summary = json.loads((tmp_path / "student" / "summary.json").read_text())
     assert {"hd95", "hd95_pooled", "hd95_pooled_voxels", "asd_voxels"} <= set(summary["labels"]["wall"])
+
+
+@pytest.mark.parametrize("bundle", ["teacher", "student"])
+def test_inference_is_that_of_the_protocol(bundle: str) -> None:
+    """Its overlay repeats what the training's says, which has keys that inference lacks."""
+    overlay = "protocols/left_atrium_inference.json"
+    trained, used = (json.loads(Path(config(bundle, name)).read_text()) for name in (LEFT_ATRIUM, overlay))
+    del used["_comment"]
+    assert used == {key: trained[key] for key in used}
+    parser = parsed(bundle, "inference.json", overlay)
+    network = parsed(bundle, "train.json", LEFT_ATRIUM).get_parsed_content("network_def")
+    parser.get_parsed_content("network").load_state_dict(network.state_dict())
+    inferer = parser.get_parsed_content("inferer")
+    assert (inferer.window, inferer.average) == ((112, 112, 80), "probabilities")
+    steps = [int(size * (1 - part)) for size, part in zip(inferer.window, inferer.overlap, strict=True)]
+    assert steps == [18, 18, 4]
+
+
+def test_inference_with_the_protocols_dynamic_convolutions() -> None:
+    recipe = read_recipes()["ase_net_dybac"]
+    trained = parsed("student", "train.json", *recipe.overlays, *protocol_overlays("left_atrium", "student", recipe))
+    parser = parsed("student", "inference.json", "protocols/left_atrium_inference.json")
+    parser["network_def#_target_"] = "common.networks.dynamic_convolution.DyBACVNet"  # as the bundle's README says
+    parser.get_parsed_content("network").load_state_dict(trained.get_parsed_content("network_def").state_dict())

@@ -57,7 +57,8 @@ class BidirectionalCopyPaste(Method):
     ``unlabeled_weight`` from pseudo-labels where it is an unlabelled one's. Both are Dice and cross-entropy over their
     own region.
 
-    The pseudo-label is the moving average's most probable class, of which each structure keeps its largest component.
+    The pseudo-label is the moving average's most probable class, of which each structure keeps its largest component,
+    unless ``largest_component`` is off, as it should be where a structure has several: lungs, kidneys, bullae.
 
     Args:
         network: a :class:`~common.networks.SegmentationNetwork`.
@@ -67,6 +68,7 @@ class BidirectionalCopyPaste(Method):
         decay: of the moving average.
         pretraining: share of the run that pastes labelled crops into each other. At its end the moving average
             starts from the network's weights. In the paper 2000 of 17000 steps.
+        largest_component: of each structure in the pseudo-labels.
 
     Raises:
         BadInput: in use, when a batch can't be halved.
@@ -80,6 +82,7 @@ class BidirectionalCopyPaste(Method):
         unlabeled_weight: float = 0.5,
         decay: float = 0.99,
         pretraining: float = 2 / 17,
+        largest_component: bool = True,
     ) -> None:
         super().__init__()
         self.network = network
@@ -88,6 +91,7 @@ class BidirectionalCopyPaste(Method):
         self.unlabeled_weight = unlabeled_weight
         self.average = MovingAverage(network, decay)
         self.pretraining = pretraining
+        self.largest_component = largest_component
 
     @property
     def pretrains(self) -> bool:
@@ -135,8 +139,10 @@ class BidirectionalCopyPaste(Method):
 
     @torch.no_grad()
     def pseudo_label(self, image: Tensor) -> Tensor:
-        """The moving average's classes of images (B, C, *spatial), as (B, 1, *spatial); the largest component each."""
+        """The moving average's classes of images (B, C, *spatial), as (B, 1, *spatial)."""
         classes = likeliest_class(self.average(image))
+        if not self.largest_component:
+            return classes
         keep = KeepLargestConnectedComponent()
         return torch.stack([convert_to_tensor(keep(item), track_meta=False) for item in classes])
 

@@ -101,7 +101,12 @@ class DyBAC(nn.Module):
         self.kernels = nn.Parameter(torch.empty(kernels, in_channels, *size))
         self.output = pointwise(in_channels, out_channels, 1, bias=bias)
         initialise(self)
-        nn.init.normal_(self.kernels, std=math.prod(size) ** -0.5)
+        self.reset_parameters()
+
+    @torch.jit.unused
+    def reset_parameters(self) -> None:
+        """Draw the kernels anew."""
+        nn.init.normal_(self.kernels, std=math.prod(self.kernels.shape[2:]) ** -0.5)
 
     def extra_repr(self) -> str:
         """What a printed network says of this block."""
@@ -114,9 +119,13 @@ class DyBAC(nn.Module):
 
     def kernel_attention(self, x: Tensor) -> Tensor:
         """The weights (B, N) of the kernels for each sample of ``x`` (B, C, *spatial); each sample's sum to 1."""
-        # The mean as a product, so that its gradient lies in memory as x does, to which it is added.
         each = x.flatten(2).transpose(1, 2)
-        mean = torch.matmul(each.new_full((x.shape[0], 1, each.shape[1]), 1 / each.shape[1]), each).squeeze(1)
+        if x.device.type == "cpu":
+            # As a product, whose gradient lies in memory as x does, to which it is added.
+            share = each.new_full((each.shape[0], 1, each.shape[1]), 1 / each.shape[1])
+            mean = torch.matmul(share, each).squeeze(1)
+        else:
+            mean = each.mean(1, dtype=torch.float32)
         return torch.softmax(full_precision(self.kernel_excitation(mean)) / self.temperature, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -213,11 +213,12 @@ class VNet(nn.Module):
 def without_running_statistics(network: nn.Module) -> Iterator[None]:
     """Batch norms inside ``network`` normalise as ever, and learn nothing for their use in inference."""
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    training = [norm for norm in norms if norm.training and norm.track_running_stats]
+    # Not by a momentum of 0, with which a batch that overflows would leave NaN.
+    for norm in training:
+        norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm in training:
+            norm.track_running_stats = True

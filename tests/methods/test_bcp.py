@@ -148,6 +148,8 @@ def test_pseudo_labels_keep_the_largest_component_of_each_structure():
     assert torch.equal(found[:, 0], expected)
     nothing = torch.zeros(2, 1, 4, 4)
     assert torch.equal(method.pseudo_label(nothing), nothing.long())
+    method = BidirectionalCopyPaste(ByValue(), largest_component=False)
+    assert torch.equal(method.pseudo_label(image[:, None].float())[:, 0], image)
 
 
 def test_pseudo_labels_are_those_of_the_average():

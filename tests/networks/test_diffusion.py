@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.errors import BadInput
 from common.networks import SegmentationNetwork
 from common.networks.diffusion import AggregatingDecouplingNetwork, StepEmbedding
+from common.networks.dynamic_convolution import DyBAC, DyBACNetwork
 from common.networks.vnet import VNet
 
 SMALL = {
@@ -210,3 +211,17 @@ def test_sizes_that_do_not_fit():
         network.encode(torch.zeros(1, 1, 7, 8, 8))
     with pytest.raises(BadInput, match="network input"):
         network.denoise(torch.zeros(1, 2, 8, 8, 8), torch.zeros(1, 3, 8, 8, 8), torch.tensor([0]))
+
+
+def test_decoders_of_dynamic_convolutions_start_apart():
+    torch.manual_seed(0)
+    plain = DyBACNetwork(2, 1, 3, [2, 4], [3, 3], [1, 2])
+    network = AggregatingDecouplingNetwork(plain)
+    kernels = [
+        [block.kernels for block in decoder.modules() if isinstance(block, DyBAC)]
+        for decoder in (network.segmentation_decoder, network.difficulty_decoder, network.diffusion_decoder)
+    ]
+    assert kernels[0]
+    for one, second, third in zip(*kernels, strict=True):
+        assert not torch.equal(one, second)
+        assert not torch.equal(second, third)

@@ -7,7 +7,7 @@ from torch import nn
 from common.errors import BadInput
 from common.methods.moving_average import MovingAverage
 from common.methods.supervised import Supervised
-from common.networks.vnet import VNet
+from common.networks.vnet import VNet, without_running_statistics
 
 SMALL = {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": [2, 4, 6], "convolutions": [1, 2, 3]}
 FLAT = {**SMALL, "spatial_dims": 2, "in_channels": 3, "out_channels": 4}
@@ -151,3 +151,19 @@ def test_mixed_precision_ends_in_float32():
         features, logits = network.forward_all(x)
     assert features[0].dtype == torch.bfloat16
     assert [level.dtype for level in logits] == [torch.float32]
+
+
+def test_a_batch_that_overflows_leaves_the_statistics_alone_where_nothing_is_to_be_learnt():
+    network = VNet(**SMALL)
+    before = {name: value.clone() for name, value in network.state_dict().items() if "running" in name or "num" in name}
+    with torch.no_grad(), without_running_statistics(network):
+        assert not network(torch.full((2, 1, 8, 8, 8), torch.inf)).isfinite().any()
+        one = network(torch.randn(2, 1, 8, 8, 8))
+    assert one.isfinite().all(), "normalised by the batch"
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())
+    network(torch.randn(2, 1, 8, 8, 8))
+    assert not torch.equal(network.state_dict()[name := next(iter(before))], before[name]), "and learns again after"
+    network.eval()
+    with without_running_statistics(network):
+        assert torch.equal(network(x := torch.randn(1, 1, 8, 8, 8)), network(x))
+    assert all(module.track_running_stats for module in network.modules() if isinstance(module, nn.BatchNorm3d))

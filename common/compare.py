@@ -355,6 +355,12 @@ def main(options: argparse.Namespace) -> int:
     if options.test_labels is None:
         section = settings.get("section", "validation")
         note = _transductive(data / datalist, section)
+        if note is not None and section == "validation":
+            raise BadInput(
+                f"--datalist {datalist}: cases of its `validation`, or others of their patients, are among its "
+                "`unlabeled`, too, which no training takes. Take them out of one of them, or list them as `testing` "
+                "and give --set section=testing."
+            )
         if options.upper_bound is not None:
             check_upper_bound(data / datalist, data / options.upper_bound, section)
     else:
@@ -381,6 +387,9 @@ def main(options: argparse.Namespace) -> int:
         options.datalist,
     )
     check_settings(settings, description)
+    for key in optimizer:
+        if key in settings and optimizer[key] is not None:
+            raise BadInput(f"--set {key}: --{key.replace('_', '-')} says it already. Give one of them.")
     if note is not None:
         description["note"] = note
     description["data"] = {name: _digest(data / name) for name in lists}

@@ -15,7 +15,6 @@ import torch
 from .comparison_picture import save_comparison
 from .data.checks import patient_key
 from .data.datalist import case_name, load_section, read_datalist
-from .errors import BadInput
 from .files import write_atomically
 from .handlers.evaluation import CONVENTIONS, _to_json
 from .handlers.tracking import _quiet_migrations
@@ -125,24 +124,48 @@ class Comparison:
             "tests": self.tests(),
             "failures": list(failures),
         }
+        # Neither the picture nor another's store is a reason to keep the figures of days back.
         try:
             content["picture"] = self._picture(output / "compare.png")
-        except BadInput as error:  # no reason to keep the figures of days back
+        except Exception as error:
             content["picture"] = None
             content["failures"].append(f"picture: {error}")
+            (output / "compare.png").unlink(missing_ok=True)
+        text = self._save(content)
+        try:
+            self._log(content)
+        except Exception as error:
+            content["failures"].append(f"MLflow: {error}")
+            text = self._save(content)
+        return text
+
+    def _save(self, content: Mapping[str, Any]) -> str:
         text = self._markdown(content)
-        write_atomically(output / "compare.json", _to_json(content))
-        write_atomically(output / "compare.md", text + "\n")
-        self._log(content)
+        write_atomically(self.study.output / "compare.json", _to_json(content))
+        write_atomically(self.study.output / "compare.md", text + "\n")
         return text
 
     def _origin(self) -> dict[str, Any]:
-        """The machines and the commits that the rows come from."""
-        records = [record for run in self.runs for record in self.study.records(run)]
+        """The machines and the commits that the rows come from, those that they start from included; and what to know.
+
+        A remark says which rows are not as their description now asks for, and what their evaluations say of
+        themselves.
+        """
+        study = self.study
+        needed = {name for run in self.runs for name in (run.name, *run.parents)}
+        while more := {name for run in needed for name in study.runs[run].parents} - needed:
+            needed |= more
+        runs = [run for run in study.runs.values() if run.name in needed]
+        records = [record for run in runs for record in study.records(run)]
+        old = [
+            f"{run.title or run.name}, seed {seed}" for run in runs for seed in study.seeds if study.outdated(run, seed)
+        ]
+        remarks = [f"Made with other settings than now: {'; '.join(old)}."] if old else []
+        remarks += dict.fromkeys(record["summary"]["note"] for record in records if record["summary"].get("note"))
         return {
             "machine": "; ".join(dict.fromkeys(record.get("machine") or machine() for record in records)) or machine(),
             "commits": sorted({str(record.get("commit")) for record in records}),
-            "config_versions": config_versions(self.study),
+            "remarks": [*config_versions(study), *remarks],
         }
 
     def row(self, run: Run) -> dict[str, Any]:
@@ -237,7 +260,7 @@ class Comparison:
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
         if len(content["commits"]) > 1:
             lines += [f"Rows were trained by several versions of the code: {', '.join(content['commits'])}.", ""]
-        for sentence in content["config_versions"]:
+        for sentence in content["remarks"]:
             lines += [sentence, ""]
         columns = _TABLE[:6] + (_IN_VOXELS if self.study.description.get("protocol") else []) + _TABLE[6:]
         lines += [markdown_table(best_among_equals(columns, rows), rows), ""]

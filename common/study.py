@@ -274,22 +274,31 @@ class Study:
         return begun["seconds"] or None
 
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
-        """Fingerprint of a run's options and datalist: with another one it must be run again.
+        """Fingerprint of a run's options, overlays and datalist: with another one it must be run again.
 
         The code, the bundles' own configs and the images are not in it, so that a study can be continued after a
-        correction elsewhere. What a run was made with is in its record.
+        correction elsewhere, nor are the device and remarks in overlays. What a run was made with is in its record.
         """
-        text = json.dumps([command[1:] for command in commands])
-        for place in (self.output, self.data, ROOT):  # results stay true when their folder moves
-            text = text.replace(str(place), "")
-        digest = hashlib.sha256(text.encode())
+
+        def anywhere(text: str) -> str:  # results stay true when their folder moves
+            for place in (self.output, self.data, ROOT):
+                text = text.replace(str(place), "")
+            return text
+
+        options = [_without(command[1:], "--device") for command in commands]
+        digest = hashlib.sha256(anywhere(json.dumps(options)).encode())
         files: list[str | Path] = [self.data / run.datalist, *self.write_plan()]
         files += [ROOT / "bundles" / run.bundle / "configs" / name for name in run.overlays]
-        for path in files:
-            digest.update(Path(path).read_bytes() if Path(path).is_file() else b"")
+        for path in map(Path, files):
+            digest.update(anywhere(json.dumps(_decided(path)) if path.is_file() else "").encode())
         for parent in run.parents:
             digest.update(str(self.record(self.runs[parent], seed).get("identity")).encode())
         return digest.hexdigest()
+
+    def outdated(self, run: Run, seed: int) -> bool:
+        """Whether a run was done as its description no longer says, so that it would be run again."""
+        done = self.record(run, seed).get("identity")
+        return done is not None and done != self._identity(run, seed, self.commands(run, seed))
 
     def record(self, run: Run, seed: int) -> dict[str, Any]:
         """What is known of a run with one seed; empty while it is not done."""
@@ -357,9 +366,21 @@ def config_digest(folder: Path) -> str:
     Args:
         folder: the bundle's ``configs``.
     """
-    contents = [json.loads((folder / name).read_text()) for name in ("train.json", "evaluate.json")]
-    decided = [{key: value for key, value in content.items() if not key.startswith("_")} for content in contents]
+    decided = [_decided(folder / name) for name in ("train.json", "evaluate.json")]
     return hashlib.sha256(json.dumps(decided).encode()).hexdigest()[:16]
+
+
+def _decided(path: Path) -> dict[str, Any]:
+    """The content of a JSON file but remarks at its top."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
+
+
+def _without(command: Sequence[str], option: str) -> list[str]:
+    """A command line without one of its options."""
+    if option not in command:
+        return list(command)
+    place = command.index(option)
+    return [*command[:place], *command[place + 2 :]]
 
 
 def _commit() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ from common.tables import deployed_parameters
 
 #: cases as results name them, and their files; what is named by its folder lies in a file that is called as another is
 FILES = {"a_image": "a/image", "b_image": "b/image", "c": "c", "d": "d"}
+#: a labelled case and two whose labels are set aside
+LEARNT = ("t", "u", "v")
 CASES = tuple(FILES)
 PATIENTS = {"a_image": 0, "b_image": "0", "c": "q", "d": "r"}
 NUMBERS = {"dice": 0.0, "jaccard": 0.5, "hd95": 3.0, "asd": 1.0}
 NUMBERS |= {"hd95_pooled": 2.5, "hd95_pooled_voxels": 2.0, "asd_voxels": 0.5}
 #: Dice of each case by run, before what a seed adds
 DICE = {"supervised": (0.5, 0.6, 0.5, 0.6), "bcp": (0.8, 0.8, 0.9, 0.6), "distillation": (0.8, 0.9, 0.85, 0.7)}
+#: what each further seed adds
+GAIN = {"bcp": 0.06}
 
 
 def option(command: list[str], name: str) -> str | None:
@@ -49,22 +54,24 @@ def options(data: Path, output: Path, *arguments: str) -> argparse.Namespace:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Four labelled cases of three patients as validation; the structure is a block in the middle."""
+    """Four cases of three patients as validation, and three to learn from; the structure is a block in the middle."""
     folder = tmp_path / "data"
     folder.mkdir()
     label = np.zeros((8, 8, 4), np.uint8)
     label[2:5, 2:6, 1:3] = 1
-    for file in FILES.values():
+    for file in (*FILES.values(), *LEARNT):
         (folder / file).parent.mkdir(exist_ok=True)
         nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((8, 8, 4)), np.eye(4)), folder / f"{file}.nii")
         nibabel.save(nibabel.Nifti1Image(label, np.eye(4)), folder / f"{file}_label.nii")
     entries = [{"image": f"{f}.nii", "label": f"{f}_label.nii", "patient": PATIENTS[c]} for c, f in FILES.items()]
-    unlabeled = [{"image": f"{FILES[case]}.nii"} for case in ("b_image", "c")]
-    content = {"training": entries[:1], "unlabeled": unlabeled, "validation": entries}
+    learnt = [{"image": f"{name}.nii", "label": f"{name}_label.nii"} for name in LEARNT]
+    unlabeled = [{"image": entry["image"]} for entry in learnt[1:]]
+    content = {"training": learnt[:1], "unlabeled": unlabeled, "validation": entries}
     (folder / "datalist.json").write_text(json.dumps(content))
-    everything = {**content, "training": entries[:3], "unlabeled": []}
+    everything = {**content, "training": learnt, "unlabeled": []}
     (folder / "full.json").write_text(json.dumps(everything))
     (folder / "other_cases.json").write_text(json.dumps({**everything, "validation": entries[2:]}))
+    (folder / "learnt.json").write_text(json.dumps({**content, "unlabeled": [{"image": "c.nii"}]}))
     relabelled = {**entries[3], "label": entries[2]["label"]}
     (folder / "other_labels.json").write_text(json.dumps({**everything, "validation": [*entries[:3], relabelled]}))
     return folder
@@ -103,7 +110,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
             torch.save({"state": {"method": weights, **optimizers}}, folder / "checkpoint.pt")
             return 0
         assert option(command, "postprocessing#output_dir") == "$@output_dir + '/predictions'"
-        scores = [dice + 0.02 * seed for dice in DICE.get(run, DICE["supervised"])]
+        scores = [dice + GAIN.get(run, 0.02) * seed for dice in DICE.get(run, DICE["supervised"])]
         lines = [f"{case},{dice},\n" for case, dice in zip(CASES, scores, strict=True)]
         (folder / "metrics.csv").write_text("case,dice/wall,failed\n" + "".join(lines))
         found = {**NUMBERS, "dice": float(np.mean(scores)), "hd95": 3.0 if run == "bcp" else 4.0}
@@ -116,7 +123,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, data: Path) -> list[list[str]]:
         (folder / "summary.json").write_text(json.dumps(summary))
         (folder / "predictions").mkdir(exist_ok=True)
         for case in CASES:
-            nibabel.save(nibabel.load(data / f"{FILES[case]}_label.nii"), folder / "predictions" / f"{case}_seg.nii.gz")
+            found = nibabel.load(data / f"{FILES[case]}_label.nii")
+            nibabel.save(found, folder / "predictions" / f"{case}_seg.nii.gz")
         return 0
 
     monkeypatch.setattr(study_module, "_call", fake)
@@ -177,7 +185,7 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
     rows = {row["run"]: row for row in content["rows"]}
     assert list(rows) == ["supervised", "distillation", "bcp", "supervised_all"]
     assert [(row["labelled"], row["unlabelled"]) for row in rows.values()] == [(1, 0), (1, 2), (1, 2), (3, 0)]
-    assert rows["bcp"]["dice"] == pytest.approx([0.775, 0.795])
+    assert rows["bcp"]["dice"] == pytest.approx([0.775, 0.835])
     assert (rows["bcp"]["hd95"], rows["bcp"]["asd"], rows["bcp"]["failed"]) == ([3.0, 3.0], [1.0, 1.0], [1, 0])
     assert (rows["bcp"]["parameters"], rows["bcp"]["trained"]) == (16, 22)
     alone = json.loads((output / "distillation" / "seed0" / "record.json").read_text())["train_seconds"] / 60
@@ -186,11 +194,14 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
 
     tests = {test["run"]: test for test in content["tests"]}
     assert set(tests) == {"supervised", "bcp", "supervised_all"}
-    # Patients: 0 has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); both methods gain the same by the seed.
+    # Patients: 0 has a and b (-0, -0.1), q has c (+0.05), r has d (-0.1); in the mean of the seeds it gains 0.02 more.
     assert (tests["bcp"]["cases"], tests["bcp"]["seeds"]) == (3, [0, 1])
-    assert tests["bcp"]["difference"] == pytest.approx((-0.05 + 0.05 - 0.1) / 3)
+    assert tests["bcp"]["difference"] == pytest.approx((-0.05 + 0.05 - 0.1) / 3 + 0.02)
     assert tests["bcp"]["t_test_holm"] == pytest.approx(tests["bcp"]["t_test"])
     assert tests["supervised"]["t_test_holm"] == pytest.approx(3 * tests["supervised"]["t_test"])
+    assert tests["bcp"]["wilcoxon_holm"] == pytest.approx(
+        max(3 * tests["supervised"]["wilcoxon"], tests["bcp"]["wilcoxon"])
+    )
     # The middle of 0.7, 0.8, 0.85 and 0.9, the lower of the two.
     assert content["picture"] == {"case": "a_image", "seed": 0}
     # Six panels, two slices.
@@ -198,13 +209,13 @@ def test_table_tests_and_picture(data: Path, calls: list[list[str]], tmp_path: P
     assert (width, height) == (1140, 410)
 
     text = (output / "compare.md").read_text()
-    assert "| BCP | 1 | 2 | 0.785 ± 0.014 |" in text
+    assert "| BCP | 1 | 2 | 0.805 ± 0.042 |" in text
     assert "| **0.823 ± 0.014** |" in text
     assert "| 3.00 ± 0.00 | 1.00 ± 0.00 | 1 |" in text
     assert "patients (n)" in text
     client = MlflowClient(f"sqlite:///{output / 'mlruns.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
-    assert run.data.metrics["dice/bcp"] == pytest.approx(0.785)
+    assert run.data.metrics["dice/bcp"] == pytest.approx(0.805)
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
         "compare.json",
         "compare.md",
@@ -227,11 +238,54 @@ def test_a_picture_that_fails_keeps_no_figures_back(
 
 
 @pytest.mark.usefixtures("untracked", "calls")
+def test_every_panel_is_its_own_runs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("common.comparison.save_comparison", lambda *arguments: drawn.append(arguments))
+    main(options(data, tmp_path / "out"))
+    ((path, image, label, predictions),) = drawn
+    assert path == tmp_path / "out" / "compare.png"
+    assert [Path(file).name for file in (image, label)] == ["image.nii", "image_label.nii"]
+    scores = {"Supervised": 0.5, "Distillation (own)": 0.8, "BCP": 0.8}
+    names = dict(zip(scores, ("supervised", "distillation", "bcp"), strict=True))
+    assert predictions == {
+        f"{title}\n{dice:.3f}": tmp_path / "out" / names[title] / "seed0/test/predictions/a_image_seg.nii.gz"
+        for title, dice in scores.items()
+    }
+
+
+@pytest.mark.usefixtures("calls")
+def test_figures_are_tracked_where_the_runs_are_and_not_kept_back_where_that_fails(data: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    assert main(options(data, tmp_path / "out", "--set", f"tracking_uri={store}")) == 0
+    assert not (tmp_path / "out" / "mlruns.db").exists()
+    client = MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("compare").experiment_id])
+    assert run.data.metrics["dice/bcp"] == pytest.approx(0.775)
+    unreachable = f"sqlite:///{data / 'datalist.json' / 'mlruns.db'}"
+    assert main(options(data, tmp_path / "other", "--set", f"tracking_uri={unreachable}")) == 0
+    text = (tmp_path / "other" / "compare.md").read_text()
+    assert "| BCP | 1 | 2 | 0.775 |" in text
+    assert "Not done: MLflow: " in text
+
+
+@pytest.mark.usefixtures("untracked", "calls")
+def test_weights_that_were_chosen_on_the_evaluated_cases_are_told(data: Path, tmp_path: Path) -> None:
+    main(options(data, tmp_path / "out"))
+    path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
+    record = json.loads(path.read_text())
+    record["summary"]["note"] = "The weights were chosen by their result on these cases."
+    path.write_text(json.dumps(record))
+    main(options(data, tmp_path / "out", "--only-table"))
+    assert record["summary"]["note"] in (tmp_path / "out" / "compare.md").read_text()
+    assert record["summary"]["note"] in json.loads((tmp_path / "out" / "compare.json").read_text())["remarks"]
+
+
+@pytest.mark.usefixtures("untracked", "calls")
 def test_tests_name_their_seeds_and_are_corrected_for_those_that_there_are(data: Path, tmp_path: Path) -> None:
     arguments = ("--seeds", "0,1", "--upper-bound", "full.json")
     main(options(data, tmp_path / "out", *arguments))
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "| BCP | 0, 1 | 3 | -0.033 |" in text
+    assert "| BCP | 0, 1 | 3 | -0.013 |" in text
     assert "Holm for 3 rows" in text
     (tmp_path / "out" / "bcp" / "seed1" / "record.json").unlink()
     (tmp_path / "out" / "bcp" / "seed0" / "test" / "metrics.csv").write_text("case,dice/wall\nc,0.9\n")
@@ -247,15 +301,17 @@ def test_table_says_which_code_and_which_machine_made_its_rows(
 ) -> None:
     main(options(data, tmp_path / "out"))
     assert " versions of " not in (tmp_path / "out" / "compare.md").read_text()
-    path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
-    other = {"commit": "abc+", "machine": "64 cores of another", "configs": "def"}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
+    # Of a row, and of the teacher that another starts from.
+    for run, commit in (("bcp", "abc+"), ("teacher", "012")):
+        path = tmp_path / "out" / run / "seed0" / "record.json"
+        other = {"commit": commit, "machine": "64 cores of another", "configs": "def"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
     main(options(data, tmp_path / "out", "--only-table"))
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "several versions of the code" in text
+    assert "several versions of the code: 012, " in text
     assert "abc+" in text
     assert "Runs of the bundle student were made with 2 versions of its train.json" in text
-    assert "; 64 cores of another; seeds 0" in text
+    assert "64 cores of another; " in text
 
 
 @pytest.mark.usefixtures("untracked")
@@ -291,14 +347,38 @@ def test_what_is_done_is_kept_and_rows_can_be_added(
 
 
 @pytest.mark.usefixtures("untracked")
+def test_another_device_and_a_remark_in_a_recipe_change_no_results(
+    data: Path, calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(study_module.ROOT / "bundles", root / "bundles")
+    monkeypatch.setattr(study_module, "ROOT", root)
+    main(options(data, tmp_path / "out"))
+    count = len(calls)
+    main(options(data, tmp_path / "out", "--device", "cpu"))
+    recipe = root / "bundles" / "student" / "configs" / "recipes" / "bcp.json"
+    content = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps({**content, "_comment": "pasted both ways"}))
+    main(options(data, tmp_path / "out"))
+    assert len(calls) == count
+    assert "other settings" not in (tmp_path / "out" / "compare.md").read_text()
+    recipe.write_text(json.dumps({**content, "unlabeled_weight": 9}))
+    main(options(data, tmp_path / "out", "--only-table"))
+    assert "Made with other settings than now: BCP, seed 0." in (tmp_path / "out" / "compare.md").read_text()
+    main(options(data, tmp_path / "out"))
+    assert len(calls) == count + 2
+    assert "other settings" not in (tmp_path / "out" / "compare.md").read_text()
+
+
+@pytest.mark.usefixtures("untracked")
 def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: list[list[str]], tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert main(options(data, output, "--test-labels", "full.json")) == 0
     content = json.loads((output / "datalist.json").read_text())
-    labels = [str(data / f"{FILES[case]}_label.nii") for case in ("b_image", "c")]
+    labels = [str(data / f"{name}_label.nii") for name in LEARNT[1:]]
     assert [entry["label"] for entry in content["testing"]] == labels
     assert [list(entry) for entry in content["unlabeled"]] == [["image"], ["image"]], "no training sees these labels"
-    assert [entry["image"] for entry in content["training"]] == [str(data / "a" / "image.nii")]
+    assert [entry["image"] for entry in content["training"]] == [str(data / "t.nii")]
     assert "validation" not in content
     assert {option(command, "datalist") for command in calls} == {str(output / "datalist.json")}
     assert {option(command, "section") for command in calls} == {"testing"}
@@ -310,7 +390,7 @@ def test_unlabelled_images_may_be_tested_on_which_is_said(data: Path, calls: lis
 @pytest.mark.parametrize(
     ("tested", "is_transductive"),
     [
-        ({"image": "c.nii"}, True),
+        ({"image": "u.nii"}, True),
         ({"image": "a/image.nii", "patient": "Q"}, True),
         ({"image": "a/image.nii", "patient": "p"}, False),
     ],
@@ -359,6 +439,8 @@ def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Pa
         (["--set", "batch_size=3"], "set"),
         (["--reference", "cps"], "'cps'"),
         (["--set", "batch_size"], "KEY=VALUE"),
+        (["--learning-rate", "0.5", "--set", "learning_rate=0.1"], "--learning-rate says it already"),
+        (["--datalist", "learnt.json"], "are among its `unlabeled`, too, which no training takes"),
         (["--seeds", "0,x"], "0,x"),
         (["--jobs", "0"], "--jobs 0"),
         (["--datalist", "none.json"], "none.json"),

@@ -2,13 +2,45 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from monai.bundle import ConfigParser
 
 from common.errors import BadInput
 from common.recipes import choose_recipes, read_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
+#: what the papers or their code give; weights beside a whole sum of cross-entropy and Dice, where theirs is half of it
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "mean_teacher": {"decay": 0.99, "noise": 0.1, "consistency_weight": 0.2, "ramp_up": 1.0},
+    "ua_mt": {"decay": 0.99, "noise": 0.1, "consistency_weight": 0.2, "ramp_up": 1.0, "passes": 8},
+    "cps": {"consistency_weight": 0.2, "ramp_up": 1.0},
+    "bcp": {"decay": 0.99, "unlabeled_weight": 0.5, "pretraining": 2 / 17},
+    "knowledge_distillation": {"temperature": 2.0, "consistency_weight": 1.0, "ramp_up": 0.2},
+    "aggregating_decoupling": {
+        "decay": 0.99,
+        "unlabeled_weight": 10.0,
+        "ramp_up": 1.0,
+        "sampling_steps": 10,
+        "window": 50,
+    },
+    "ase_net": {"decay": 0.99, "consistency_weight": 1.0, "ramp_up": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_the_published_ones(name: str) -> None:
+    parser = ConfigParser()
+    configs = ROOT / "bundles" / "student" / "configs"
+    parser.read_config([str(configs / file) for file in ("train.json", *read_recipes()[name].overlays)])
+    given = parser["train#method"]
+    found = {
+        key: parser.get_parsed_content(value.removeprefix("@")) if str(value).startswith("@") else value
+        for key, value in given.items()
+        if key in PUBLISHED[name]
+    }
+    assert found == pytest.approx(PUBLISHED[name])
 
 
 def test_every_file_is_a_recipe_whose_overlays_exist() -> None:

@@ -153,7 +153,10 @@ def test_what_was_done_with_another_description_is_done_again_with_all_that_foll
     assert again() == ["teacher", "student", "geometric"]
     (data / "datalist.json").write_text('{"training": []}')
     assert again() == ["teacher", "student", "geometric"]
+    (data / "datalist.json").write_text(json.dumps({"training": [{"image": str(data / "a.nii")}]}))
+    assert again() == ["teacher", "student", "geometric"]
     data = data.rename(tmp_path / "moved")
+    (data / "datalist.json").write_text(json.dumps({"training": [{"image": str(data / "a.nii")}]}))
     assert again() == []
     assert str(tmp_path) not in (tmp_path / "out" / "plan.json").read_text(), "a plan is packed with weights"
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of the U-Net made of DyBAC beside the plain one of the same widths.
+"""Parameters and FLOPs of the U-Net and the V-Net made of DyBAC beside the plain ones of the same widths.
 
     python -m benchmarks dynamic_convolution
 
@@ -8,29 +8,31 @@ FLOPs are those of one forward pass of one crop, two a multiply-add. Nothing is 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import table
 from common.networks import SegmentationNetwork
-from common.networks.dynamic_convolution import DyBACNetwork
+from common.networks.dynamic_convolution import DyBACNetwork, DyBACVNet
+from common.networks.vnet import VNet
 
 # What it is for, features, and the crop in voxels; every stage but the first halves the crop.
 SIZES = (
     ("bundles' default", (16, 32, 64, 128), (32, 32, 32)),
-    ("left atrium, V-Net's widths", (16, 32, 64, 128, 256), (112, 112, 80)),
+    ("left atrium, the protocol's V-Net", (16, 32, 64, 128, 256), (112, 112, 80)),
     ("nnU-Net, 3D", (32, 64, 128, 256, 320, 320), (128, 128, 128)),
     ("nnU-Net, 2D", (32, 64, 128, 256, 512, 512, 512), (256, 256)),
 )
 
 
-def cost(network: type[SegmentationNetwork], features: Sequence[int], crop: Sequence[int]) -> tuple[int, int]:
+def cost(make: Callable[[], nn.Module], crop: Sequence[int]) -> tuple[int, int]:
     """Number of parameters, and FLOPs of one crop of one channel with two classes."""
-    stages = len(features)
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model = network(len(crop), 1, 2, features, [3] * stages, [1] + [2] * (stages - 1))
+        model = make()
         model(torch.empty(1, 1, *crop))
     return sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops()
 
@@ -43,7 +45,12 @@ def main(options: argparse.Namespace) -> str:
     """The Markdown."""
     rows = []
     for name, features, crop in SIZES:
-        plain, dynamic = cost(SegmentationNetwork, features, crop), cost(DyBACNetwork, features, crop)
+        if "V-Net" in name:
+            makes = [partial(kind, len(crop), 1, 2, features) for kind in (VNet, DyBACVNet)]
+        else:
+            stages = ([3] * len(features), [1] + [2] * (len(features) - 1))
+            makes = [partial(kind, len(crop), 1, 2, features, *stages) for kind in (SegmentationNetwork, DyBACNetwork)]
+        plain, dynamic = (cost(make, crop) for make in makes)
         cells = [name, " ".join(map(str, features)), " x ".join(map(str, crop))]
         for before, after, unit, digits in zip(plain, dynamic, (1e6, 1e9), (2, 1), strict=True):
             suffix = " M" if unit == 1e6 else ""

@@ -133,6 +133,7 @@ def test_sections_that_compute_nothing(capsys: pytest.CaptureFixture[str]) -> No
         text = capsys.readouterr().out
         assert text.count("\n") >= 5
     assert "| bundles' default | 16 32 64 128 | 32 x 32 x 32 | 1.40 M | 0.23 M | 84% |" in text
+    assert "| 9.45 M | 1.36 M |" in text, "the literature's V-Net"
 
 
 def test_a_section_that_fails_keeps_none_back(

@@ -259,7 +259,8 @@ class Comparison:
         seeds = ", ".join(map(str, content["seeds"]))
         lines += [f"{content['machine']}; seeds {seeds}; mean ± standard deviation over seeds.", ""]
         if len(content["commits"]) > 1:
-            lines += [f"Rows were trained by several versions of the code: {', '.join(content['commits'])}.", ""]
+            short = [commit.rstrip("+")[:7] + "+" * commit.endswith("+") for commit in content["commits"]]
+            lines += [f"Rows were trained by several versions of the code: {', '.join(short)}.", ""]
         for sentence in content["remarks"]:
             lines += [sentence, ""]
         columns = _TABLE[:6] + (_IN_VOXELS if self.study.description.get("protocol") else []) + _TABLE[6:]

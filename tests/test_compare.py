@@ -309,7 +309,7 @@ def test_table_says_which_code_and_which_machine_made_its_rows(
     main(options(data, tmp_path / "out", "--only-table"))
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "several versions of the code: 012, " in text
-    assert "abc+" in text
+    assert "abc+." in text
     assert "Runs of the bundle student were made with 2 versions of its train.json" in text
     assert "64 cores of another; " in text
 

@@ -138,7 +138,8 @@ class DyBAC(nn.Module):
 
     def _depthwise(self, x: Tensor, kernels: Tensor) -> Tensor:
         """Each sample of ``x`` (B, C, *spatial) with its own ``kernels`` (B, C, 1, *size)."""
-        if not torch.jit.is_scripting() and x.device.type == "cpu" and torch.is_grad_enabled():
+        traced = torch.jit.is_tracing()
+        if not torch.jit.is_scripting() and not traced and x.device.type == "cpu" and torch.is_grad_enabled():
             if torch.is_autocast_enabled("cpu"):
                 x, kernels = x.to(torch.get_autocast_dtype("cpu")), kernels.to(torch.get_autocast_dtype("cpu"))
             return DepthwiseConvolution.apply(x, kernels.squeeze(2), self.stride)

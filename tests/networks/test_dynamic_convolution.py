@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -229,3 +230,7 @@ def test_network_as_torchscript(config):
     network = DyBACNetwork(**config).eval()
     x = torch.randn(2, config["in_channels"], *SIZES[config["spatial_dims"]])
     torch.testing.assert_close(torch.jit.script(copy.deepcopy(network))(x), network(x), atol=1e-5, rtol=1e-5)
+    traced = torch.jit.trace(network, x, check_trace=False)
+    torch.jit.save(traced, buffer := io.BytesIO())
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(x), network(x), atol=1e-5, rtol=1e-5)

@@ -21,7 +21,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 
 from benchmarks.measuring import device_name, in_own_process, table, time_steps
-from common.data.phantom import generate_phantoms
+from common.data.phantom_set import generate_phantoms
 from common.engines import SemiSupervisedTrainer, start
 from common.study import ROOT
 

@@ -10,7 +10,7 @@ import sys
 from .errors import TRACEBACK_VARIABLE, BadInput, explain
 
 COMMANDS = {
-    "phantoms": ("common.data.phantom", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
+    "phantoms": ("common.data.phantom_set", "make bulla phantoms: images, labels, exact thickness maps and a datalist"),
     "thickness": ("common.data.thickness", "make wall-thickness maps from masks"),
     "datalist": ("common.data.folders", "make a datalist from folders of images, labels and maps"),
     "check": ("common.data.audit", "read every file of a data set once, and say what is wrong with which"),

@@ -15,7 +15,7 @@ import torch
 from .data.datalist import read_datalist
 from .data.descriptions import NOT_TARGETS
 from .data.grids import VOLUME_SUFFIXES
-from .data.phantom import generate_phantoms
+from .data.phantom_set import generate_phantoms
 from .errors import BadInput
 from .report import write_report
 from .study import ROOT, Study, read_study

@@ -13,7 +13,7 @@ import torch
 from bundle_runs import PLAN
 from monai.bundle import ConfigParser
 
-from common.data.phantom import generate_phantoms
+from common.data.phantom_set import generate_phantoms
 from common.study import ROOT, Run, Study
 
 CASES = [f"case{index:02d}" for index in range(12)]

@@ -15,7 +15,7 @@ from bundle_runs import PLAN
 
 from benchmarks import inference, large_volume, loading, plain_loop, start_up, training
 from benchmarks.__main__ import SECTIONS, main
-from common.data.phantom import generate_phantoms
+from common.data.phantom_set import generate_phantoms
 from common.engines import trainer
 from common.engines.compilation import compiled_networks
 

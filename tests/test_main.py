@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.__main__ import COMMANDS, EXAMPLES, main
-from common.data import phantom
+from common.data import phantom_set
 from common.errors import BadInput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +56,8 @@ def test_bad_input_is_one_message_and_exit_code_1(capsys, monkeypatch, tmp_path)
     def fail(options):
         raise BadInput("volume.nii.gz: no such file.")
 
-    monkeypatch.setattr(phantom, "add_arguments", lambda parser: None)
-    monkeypatch.setattr(phantom, "main", fail)
+    monkeypatch.setattr(phantom_set, "add_arguments", lambda parser: None)
+    monkeypatch.setattr(phantom_set, "main", fail)
     assert main(["phantoms"]) == 1
     captured = capsys.readouterr()
     assert captured.err == "error: volume.nii.gz: no such file.\n"
@@ -66,8 +66,8 @@ def test_bad_input_is_one_message_and_exit_code_1(capsys, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize(("answer", "code"), [(None, 0), (0, 0), (3, 3)])
 def test_exit_code_is_the_command_s(monkeypatch, answer, code):
-    monkeypatch.setattr(phantom, "add_arguments", lambda parser: parser.add_argument("--number", type=int))
-    monkeypatch.setattr(phantom, "main", lambda options: answer if options.number == 7 else 99)
+    monkeypatch.setattr(phantom_set, "add_arguments", lambda parser: parser.add_argument("--number", type=int))
+    monkeypatch.setattr(phantom_set, "main", lambda options: answer if options.number == 7 else 99)
     assert main(["phantoms", "--number", "7"]) == code
 
 
@@ -75,8 +75,8 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch):
     def fail(options):
         raise IndexError("a mistake of ours")
 
-    monkeypatch.setattr(phantom, "add_arguments", lambda parser: None)
-    monkeypatch.setattr(phantom, "main", fail)
+    monkeypatch.setattr(phantom_set, "add_arguments", lambda parser: None)
+    monkeypatch.setattr(phantom_set, "main", fail)
     with pytest.raises(IndexError):
         main(["phantoms"])
 
@@ -85,8 +85,8 @@ def test_what_the_operating_system_refuses_is_one_message(capsys, monkeypatch):
     def fail(options):
         raise PermissionError(13, "Permission denied", "/results/log.txt")
 
-    monkeypatch.setattr(phantom, "add_arguments", lambda parser: None)
-    monkeypatch.setattr(phantom, "main", fail)
+    monkeypatch.setattr(phantom_set, "add_arguments", lambda parser: None)
+    monkeypatch.setattr(phantom_set, "main", fail)
     assert main(["phantoms"]) == 1
     assert capsys.readouterr().err == "error: Permission denied: /results/log.txt\n"
     monkeypatch.setenv("BUNDLES_TRACEBACK", "1")

@@ -7,7 +7,7 @@ from .checks import check_cases, check_labels, check_output
 from .datalist import SECTIONS, case_keys, case_name, load_section, read_datalist
 from .inputs import find_cases
 from .partial import organ_cases, unknown_as_background
-from .phantom import generate_phantoms
+from .phantom_set import generate_phantoms
 from .streams import (
     EpochSampler,
     ProcessShare,

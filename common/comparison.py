@@ -15,9 +15,9 @@ import torch
 from .comparison_picture import save_comparison
 from .data.checks import patient_key
 from .data.datalist import case_name, load_section, read_datalist
-from .files import write_atomically
-from .handlers.evaluation import CONVENTIONS, _to_json
-from .handlers.tracking import _quiet_migrations
+from .files import to_json, write_atomically
+from .handlers.evaluation import CONVENTIONS
+from .handlers.mlflow_store import SQLITE, failing_plainly, open_store, store_address
 from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
 from .report import markdown_table
 from .significance import holm, paired_test
@@ -132,8 +132,11 @@ class Comparison:
             content["failures"].append(f"picture: {error}")
             (output / "compare.png").unlink(missing_ok=True)
         text = self._save(content)
+        beside = output.resolve() / "mlruns.db"
+        uri = store_address(self.study.description.get("set", {}).get("tracking_uri"), beside)
         try:
-            self._log(content)
+            with failing_plainly(uri):
+                self._log(content, uri, output.resolve() / "mlartifacts" if uri == f"{SQLITE}{beside}" else None)
         except Exception as error:
             content["failures"].append(f"MLflow: {error}")
             text = self._save(content)
@@ -141,7 +144,7 @@ class Comparison:
 
     def _save(self, content: Mapping[str, Any]) -> str:
         text = self._markdown(content)
-        write_atomically(self.study.output / "compare.json", _to_json(content))
+        write_atomically(self.study.output / "compare.json", to_json(content))
         write_atomically(self.study.output / "compare.md", text + "\n")
         return text
 
@@ -325,17 +328,14 @@ class Comparison:
         save_comparison(path, self.cases[case]["image"], self.cases[case]["label"], predictions)
         return {"case": case, "seed": seed}
 
-    def _log(self, content: Mapping[str, Any]) -> None:
-        """The means as one MLflow run, with the three files: where the runs are tracked, else beside the table."""
+    def _log(self, content: Mapping[str, Any], uri: str, artifacts: Path | None) -> None:
+        """The means as one MLflow run, with the three files, which go to ``artifacts`` if the store has no place."""
         from mlflow import MlflowClient  # takes seconds
 
-        output = self.study.output
-        tracking = self.study.description.get("set", {}).get("tracking_uri")
-        uri = tracking or f"sqlite:///{output / 'mlruns.db'}"
-        _quiet_migrations(uri)
+        open_store(uri)
         client = MlflowClient(uri)
         found = client.get_experiment_by_name("compare")
-        place = None if tracking else (output / "mlartifacts").as_uri()
+        place = artifacts.as_uri() if artifacts else None
         experiment = found.experiment_id if found else client.create_experiment("compare", place)
         run = client.create_run(experiment, run_name=content["title"]).info.run_id
         client.log_param(run, "seeds", str(content["seeds"]))
@@ -345,6 +345,6 @@ class Comparison:
                 values = [value for value in row[measure] if value is not None]
                 if values:
                     client.log_metric(run, f"{measure}/{row['run']}", statistics.fmean(values))
-        for path in sorted(output.glob("compare.*")):
+        for path in sorted(self.study.output.glob("compare.*")):
             client.log_artifact(run, str(path))
         client.set_terminated(run)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
+import math
 import os
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Image
 
-__all__ = ["intended_name", "remove_leftovers", "temporary_name", "write_atomically", "write_nifti"]
+__all__ = ["intended_name", "remove_leftovers", "temporary_name", "to_json", "write_atomically", "write_nifti"]
 
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
@@ -77,3 +80,18 @@ def intended_name(name: str) -> str:
     """The file that ``name`` was to become, where it is what a killed process left of its writing; else ``name``."""
     left = _TEMPORARY.fullmatch(name)
     return left[1] if left else name
+
+
+def to_json(value: Any) -> str:
+    """The text of a value, NumPy's and PyTorch's included; a number that is not finite is null: JSON knows no NaN."""
+    return json.dumps(_json_ready(value), indent=2, allow_nan=False) + "\n"
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if hasattr(value, "tolist"):  # an array or a tensor
+        return _json_ready(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

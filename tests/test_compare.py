@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from common import recipes as recipes_module
 from common import study as study_module
@@ -80,7 +81,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tracking database, which takes seconds to make."""
-    monkeypatch.setattr(Comparison, "_log", lambda self, content: None)
+    monkeypatch.setattr(Comparison, "_log", lambda *_: None)
 
 
 @pytest.fixture
@@ -266,6 +267,27 @@ def test_figures_are_tracked_where_the_runs_are_and_not_kept_back_where_that_fai
     text = (tmp_path / "other" / "compare.md").read_text()
     assert "| BCP | 1 | 2 | 0.775 |" in text
     assert "Not done: MLflow: " in text
+    assert "MLflow can't record the run there" in text
+
+
+@pytest.mark.usefixtures("calls")
+def test_figures_go_to_the_environments_server_and_its_password_nowhere(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def refuse(address: str) -> None:
+        asked.append(address)
+        raise MlflowException(f"{address} does not answer")
+
+    secret = "https://anna:geheim@server.example/mlflow"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret)
+    monkeypatch.setattr("common.comparison.open_store", refuse)
+    assert main(options(data, tmp_path / "out")) == 0
+    assert asked == [secret]
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "Not done: MLflow: https://server.example/mlflow: MLflow can't record the run there" in text
+    assert "geheim" not in text
 
 
 @pytest.mark.usefixtures("untracked", "calls")

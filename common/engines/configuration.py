@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from monai.bundle import ConfigParser
 
 from ..errors import BadInput
 
-__all__ = ["loaded_checkpoint", "read_json_words", "running_config"]
+__all__ = ["config_values", "loaded_checkpoint", "read_json_words", "running_config"]
 
 _JSON_WORDS = {"null": None, "true": True, "false": False}
 _PATHS = ("input", "output_dir", "ckpt_dir", "dataset_dir")  # a folder may be called 2024
@@ -94,3 +95,47 @@ def loaded_checkpoint(config: Mapping[str, Any]) -> tuple[str, str] | None:
         if str(handler.get("_target_")).rpartition(".")[2] == "CheckpointLoader" and handler.get("load_path"):
             return f"train#handlers#{number}#load_path", str(handler["load_path"])
     return None
+
+
+def config_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config by their place in it, ``train#trainer#max_epochs`` as ``train/trainer/max_epochs``.
+
+    A reference to a value counts as that value; one to anything else, and a remark, are left out.
+    """
+    return dict(_leaves(config, config))
+
+
+def _leaves(value: Any, config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    if _is_value(value):
+        value = _referred(value, config)
+        if not _is_reference(value):
+            yield name, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        if not str(key).startswith("_comment"):
+            part = re.sub(r"[^\w.-]", "_", str(key))  # MLflow takes no other characters
+            yield from _leaves(item, config, f"{name}/{part}" if name else part)
+
+
+def _is_value(item: Any) -> bool:
+    """Whether it is no part of the config's structure: a number, a text, or a list of such."""
+    return not isinstance(item, Mapping) and not (isinstance(item, list) and any(isinstance(i, Mapping) for i in item))
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"@[\w:#]+", value) is not None
+
+
+def _referred(value: Any, config: Mapping[str, Any]) -> Any:
+    """What ``@place#in#config`` refers to, where that is a value; else ``value`` as it is."""
+    if not _is_reference(value):
+        return value
+    found: Any = config
+    for part in re.split("#|::", value[1:]):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            return value
+    return _referred(found, config) if _is_value(found) else value

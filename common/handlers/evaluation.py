@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from monai.data import MetaTensor
 
 from ..data.datalist import case_name
 from ..errors import BadInput
-from ..files import write_atomically
+from ..files import to_json, write_atomically
 from ..metrics import (
     DISTANCE_METRICS,
     OVERLAP_METRICS,
@@ -53,21 +52,6 @@ CONVENTIONS = {
     "absent": "neither holds the label: no figures",
 }
 _HIDDEN = ("failed", "covered", "interval_scores", "sum_absolute_error", "sum_squared_error", "sum_squared_deviation")
-
-
-def _json_ready(value: Any) -> Any:
-    """The same with plain Python types, and None where a number is not finite: JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return _json_ready(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(_json_ready(value), indent=2, allow_nan=False) + "\n"
 
 
 def _corners(tensor: MetaTensor) -> np.ndarray:
@@ -370,7 +354,7 @@ class EvaluationWriter:
         if not is_main():
             return
         write_atomically(self.output_dir / "metrics.csv", self._csv(rows))
-        write_atomically(self.output_dir / "summary.json", _to_json(summary))
+        write_atomically(self.output_dir / "summary.json", to_json(summary))
         logger.info(self._table(summary))
 
 
@@ -392,4 +376,4 @@ class CaseJsonWriter:
 
     def __call__(self, engine: Engine) -> None:
         for case in cases_of(engine):
-            write_atomically(self.output_dir / f"{case_name(case_meta(case))}.json", _to_json(case[self.result_key]))
+            write_atomically(self.output_dir / f"{case_name(case_meta(case))}.json", to_json(case[self.result_key]))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import ignite.distributed as idist
 import monai
@@ -22,19 +19,18 @@ import torch
 from ignite.engine import Engine, Events
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from monai.engines import Evaluator
 from monai.handlers import MLFlowHandler
-from sqlalchemy.exc import SQLAlchemyError
 
 from .. import __version__
-from ..engines.configuration import loaded_checkpoint, running_config
+from ..engines.configuration import config_values, loaded_checkpoint, running_config
 from ..engines.origin import trained_settings
 from ..errors import BadInput
-from ..files import temporary_name, write_atomically
+from ..files import write_atomically
 from ..networks import read_record, read_weights, state_digest
 from ..provenance import ROOT, DataDigests, different, environment
 from .cases import case_file, cases_of, gather_cases, mean_and_spread, number
+from .mlflow_store import SQLITE, failing_plainly, open_store, store_address, without_password
 
 __all__ = ["EvaluationTracking", "Tracking", "read_lineage", "weights_digest"]
 
@@ -44,7 +40,6 @@ _KEY_LIMIT = 250  # characters of its name
 _BATCH = 100  # parameters that a store takes at a time
 RUN_FILE = "run.json"
 _PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-_SQLITE = "sqlite:///"
 
 
 def weights_digest(path: str | Path) -> str:
@@ -63,25 +58,13 @@ def read_lineage(model_path: str | Path) -> dict[str, Any]:
     return record or {"weights": weights_digest(model_path)}
 
 
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
-
-
 def _plainly(method: Callable[..., None]) -> Callable[..., None]:
     """A method of :class:`_Run` whose failure says which store can't be written rather than how."""
 
     @functools.wraps(method)
     def call(self: _Run, *arguments: Any, **named: Any) -> None:
-        try:
+        with failing_plainly(self.uri):
             method(self, *arguments, **named)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            place = self.place.removeprefix(_SQLITE)
-            reason = str(error).replace(self.uri, self.place).strip().splitlines()[0][:200]
-            raise BadInput(
-                f"{place}: MLflow can't record the run there ({reason}). Free some space, or choose another output_dir "
-                "or tracking_uri."
-            ) from error
 
     return call
 
@@ -97,25 +80,22 @@ class _Run(MLFlowHandler):
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         self.output_dir = Path(output_dir)
         self.stage = stage
-        database = f"{_SQLITE}{(self.output_dir / 'mlruns.db').resolve()}"
-        if tracking_uri and tracking_uri != _without_password(tracking_uri):
+        if tracking_uri and tracking_uri != without_password(tracking_uri):
             raise BadInput(
-                f"tracking_uri {_without_password(tracking_uri)}: a user or password stands in it, which the run's "
+                f"tracking_uri {without_password(tracking_uri)}: a user or password stands in it, which the run's "
                 "config and record would tell. Set the environment variables MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD for a server, or MLFLOW_TRACKING_URI in place of tracking_uri."
             )
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri or database
-        self.place = _without_password(self.uri)  # for records
+        self.uri = store_address(tracking_uri, self.output_dir / "mlruns.db")
+        self.place = without_password(self.uri)  # for records
         self.config = running_config()
         if idist.get_rank() != 0:
             return  # a client makes its database at once, which only one process may do
-        _report_nothing()
-        _quiet_migrations(self.uri)
         self._connect(run_name)
 
     @_plainly
     def _connect(self, run_name: str | None) -> None:
-        _make_database(self.uri)
+        open_store(self.uri)
         super().__init__(
             tracking_uri=self.uri,
             iteration_log=False,
@@ -130,7 +110,7 @@ class _Run(MLFlowHandler):
         super()._log_metrics(metrics, step)
 
     def _parameters(self) -> dict[str, str]:
-        values = dict(_leaves(self.config, self.config))
+        values = config_values(self.config)
         values.update(version=__version__, monai=monai.__version__, torch=torch.__version__)
         return {key: str(value)[:_LIMIT] for key, value in values.items() if len(key) <= _KEY_LIMIT}
 
@@ -321,7 +301,7 @@ class Tracking(_Run):
         self.validated = self.record["validated"]
         if earlier:
             configs = {**earlier["config"], "resume": self.config.get("resume")}, self.config
-            before, now = (dict(_leaves(config, config)) for config in configs)
+            before, now = map(config_values, configs)
             weights = (
                 {f"weights of {role}": parent["weights"] for role, parent in parents.items()}
                 for parents in (earlier["parents"], self.parents)
@@ -421,7 +401,7 @@ class EvaluationTracking(_Run):
     def __init__(self, stage: str, output_dir: str, model_path: str, tracking_uri: str | None = None) -> None:
         self.model = read_lineage(model_path)
         known = self.model.get("tracking_uri", "")
-        if tracking_uri is None and known.startswith(_SQLITE) and os.access(known.removeprefix(_SQLITE), os.W_OK):
+        if tracking_uri is None and known.startswith(SQLITE) and os.access(known.removeprefix(SQLITE), os.W_OK):
             tracking_uri = known
         super().__init__(stage, output_dir, tracking_uri, "evaluation")
 
@@ -451,83 +431,5 @@ class EvaluationTracking(_Run):
         self.client.set_terminated(run_id, self.run_finish_status)
 
 
-def _leaves(value: Any, config: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a config by their place in it; a reference to a value counts as that value, others as nothing."""
-    if _is_value(value):
-        value = _referred(value, config)
-        if not _is_reference(value):
-            yield name, value
-        return
-    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        if not str(key).startswith("_comment"):
-            part = re.sub(r"[^\w.-]", "_", str(key))  # MLflow takes no other characters
-            yield from _leaves(item, config, f"{name}/{part}" if name else part)
-
-
-def _is_value(item: Any) -> bool:
-    """Whether it is no part of the config's structure: a number, a text, or a list of such."""
-    return not isinstance(item, Mapping) and not (isinstance(item, list) and any(isinstance(i, Mapping) for i in item))
-
-
-def _is_reference(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"@[\w:#]+", value) is not None
-
-
-def _referred(value: Any, config: Mapping[str, Any]) -> Any:
-    """What ``@place#in#config`` refers to, where that is a value; else ``value`` as it is."""
-    if not _is_reference(value):
-        return value
-    found: Any = config
-    for part in re.split("#|::", value[1:]):
-        if isinstance(found, Mapping) and part in found:
-            found = found[part]
-        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
-            found = found[int(part)]
-        else:
-            return value
-    return _referred(found, config) if _is_value(found) else value
-
-
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in metrics.items() if float(value) == float(value)}
-
-
-def _quiet_migrations(uri: str) -> None:
-    # MLflow reports every migration of a new SQLite file in some thirty log lines, which bury the training's own.
-    if uri.startswith("sqlite:"):
-        for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _make_database(uri: str) -> None:
-    """Make the SQLite file of a new store, whole or not at all: one that a killed process has half made can't be used.
-
-    MLflow makes it in hundreds of steps that take seconds.
-    """
-    path = Path(uri.removeprefix(_SQLITE))
-    if not uri.startswith(_SQLITE) or path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
-        MlflowClient(tracking_uri=f"{_SQLITE}{temporary}")._tracking_client.store.engine.dispose()
-        try:
-            os.link(temporary, path)  # which, unlike a new name, leaves alone what another process has made meanwhile
-        except FileExistsError:
-            return
-        except OSError:  # a file system without links
-            os.replace(temporary, path)
-    finally:
-        for made in path.parent.glob(f"{temporary.name}*"):  # with SQLite's journal
-            made.unlink(missing_ok=True)
-
-
-def _report_nothing() -> None:
-    """Keep MLflow from reporting to its makers how it is used, unless the user has decided about it."""
-    if "MLFLOW_DISABLE_TELEMETRY" in os.environ:
-        return
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    with contextlib.suppress(ImportError):  # releases before 3.2 report nothing
-        from mlflow.telemetry import set_telemetry_client
-
-        set_telemetry_client()  # MONAI imports MLflow, which makes a client, before we are asked

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .augmentation import crop, crop_indices, supervised_augmentation, weak_and_strong
+from .augmentation import supervised_augmentation, weak_and_strong
+from .cropping import crop, crop_indices
 from .familiarity import CaseWarningsd
 from .loading import LoadCased
 from .output import CaseSummaryd, GeometricThicknessd, MaskTargetd, SplitOutputd

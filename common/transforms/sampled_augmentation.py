@@ -23,7 +23,7 @@ from monai.transforms import (
 )
 
 from ..errors import BadInput
-from .augmentation import _affine, _modes, _RandZoomd, _typed, _Untracked
+from .geometry import RandInPlaneZoomd, Untracked, modes, random_affine, typed
 
 __all__ = ["sampled_augmentation"]
 
@@ -77,8 +77,8 @@ def sampled_augmentation(
     blur, exponents = cast("list[tuple[float, float]]", [sigma, gamma])  # MONAI takes any pair
     pool: list[Callable] = [
         _crop_and_resize(keys, patch_size, crop, probability, thick),
-        _affine(keys, rank, probability, rotation, range(3) if thick is None else (thick,), spacing=spacing),
-        _RandZoomd(keys, scale, probability, thick),
+        random_affine(keys, rank, probability, rotation, range(3) if thick is None else (thick,), spacing=spacing),
+        RandInPlaneZoomd(keys, scale, probability, thick),
         RandGaussianSmoothd("image", prob=probability, sigma_x=blur, sigma_y=blur, sigma_z=blur),
         RandScaleIntensityd("image", prob=probability, factors=factor),
         RandScaleIntensityFixedMeand("image", prob=probability, factors=factor, preserve_range=True),
@@ -86,7 +86,7 @@ def sampled_augmentation(
     ]
     if not 0 <= operations <= len(pool):
         raise BadInput(f"`operations` is {operations}; expected 0 to {len(pool)}")
-    return _Untracked([SomeOf(pool, num_transforms=operations), _typed(keys)])
+    return Untracked([SomeOf(pool, num_transforms=operations), typed(keys)])
 
 
 def _crop_and_resize(
@@ -98,7 +98,7 @@ def _crop_and_resize(
         Resized(
             keys,
             spatial_size=patch_size,
-            mode=_modes(keys, "bilinear" if len(patch_size) == 2 else "trilinear", "nearest-exact"),
+            mode=modes(keys, "bilinear" if len(patch_size) == 2 else "trilinear", "nearest-exact"),
             allow_missing_keys=True,
         ),
     ]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .errors import BadInput
 from .handlers.cases import array
-from .handlers.pictures import DOTS_PER_INCH, _draw_contours, _save, _show
+from .handlers.drawing import DOTS_PER_INCH, draw_contours, save_figure, show_plane
 from .transforms.loading import image_loader
 from .transforms.output import voxel_spacing
 
@@ -98,9 +98,9 @@ def save_comparison(
             planes = [array[window] for array in (picture, maps.get(title)) if array is not None]
             if cut is not None:
                 planes = [np.take(plane, cut, axis=axis) for plane in planes]
-            _show(axes, planes[0], in_plane, **gray)
+            show_plane(axes, planes[0], in_plane, **gray)
             for labels in planes[1:]:
-                _draw_contours(axes, labels)
+                draw_contours(axes, labels)
             # Contours along the edge would widen the panel.
             axes.set(xlim=(-0.5, planes[0].shape[0] - 0.5), ylim=(-0.5, planes[0].shape[1] - 0.5))
-    _save(figure, Path(path))
+    save_figure(figure, Path(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -330,8 +331,8 @@ def test_table_says_which_code_and_which_machine_made_its_rows(
         path.write_text(json.dumps({**json.loads(path.read_text()), **other}))
     main(options(data, tmp_path / "out", "--only-table"))
     text = (tmp_path / "out" / "compare.md").read_text()
-    assert "several versions of the code: 012, " in text
-    assert "abc+." in text
+    (versions,) = re.findall(r"several versions of the code: (.*)\.", text)
+    assert {"012", "abc+"} < set(versions.split(", "))
     assert "Runs of the bundle student were made with 2 versions of its train.json" in text
     assert "64 cores of another; " in text
 

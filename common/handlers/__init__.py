@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .checkpoint import Checkpoint
+from .drawing import save_curves, save_overview
 from .evaluation import CaseJsonWriter, EvaluationWriter
 from .lock_in import LockIn, LockInBroken
-from .pictures import StagePicture, save_curves, save_overview
+from .pictures import StagePicture
 from .progress import Progress
 from .target_error import TargetError
 from .tracking import EvaluationTracking, Tracking, read_lineage, weights_digest

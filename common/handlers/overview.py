@@ -21,7 +21,7 @@ from scipy import ndimage
 from ..data.datalist import case_name
 from ..targets import dense_names, is_dense, structure_ids
 from .cases import array, case_meta, cases_of, is_main
-from .pictures import DOTS_PER_INCH, _draw_contours, _save, _show
+from .drawing import DOTS_PER_INCH, draw_contours, save_figure, show_plane
 
 __all__ = ["CaseOverview", "save_case_overview"]
 
@@ -173,16 +173,16 @@ def save_case_overview(
             gray = {"cmap": "gray", "vmin": low, "vmax": high if high > low else low + 1}
         for axes, plane, points, (view, (_, letters)) in zip(panels[row], images, grids, planes.items(), strict=True):
             axes.set_axis_off()
-            _show(axes, np.nan_to_num(plane, nan=gray["vmin"]), (1, 1), **gray)
+            show_plane(axes, np.nan_to_num(plane, nan=gray["vmin"]), (1, 1), **gray)
             ids = np.nan_to_num(_sample(segmentation, affine, points, nearest=True))
             if target is None:
                 # Where two labels meet, one steps back, or its contour would lie under the other one's.
                 meeting = ndimage.maximum_filter(ids, 2 * CONTOUR_GAP + 1) > ids
-                _draw_contours(axes, np.where(meeting, 0, ids))
+                draw_contours(axes, np.where(meeting, 0, ids))
             else:
                 values = _sample(maps[name], affine, points, nearest=True)
                 hidden = ~np.isin(ids, structures) | ~np.isfinite(values)
-                drawn = _show(axes, np.ma.masked_where(hidden, values), (1, 1), **options)
+                drawn = show_plane(axes, np.ma.masked_where(hidden, values), (1, 1), **options)
             # Contours along the edge would widen the panel.
             axes.set(xlim=(-0.5, plane.shape[0] - 0.5), ylim=(-0.5, plane.shape[1] - 0.5))
             _name_sides(axes, letters)
@@ -207,7 +207,7 @@ def save_case_overview(
         for text in legend.get_texts():
             text.set_parse_math(False)
     figure.suptitle(title if near is not None else f"{title}: nothing found", fontsize=10, parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 class CaseOverview:

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 from ..files import write_atomically
-from .pictures import save_curves
+from .drawing import save_curves
 
 __all__ = ["Progress"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..networks.reductions import likeliest_class
 from .processes import PooledDice, mean_count, mean_over_processes
-from .segmentation import _resized, deep_supervision_weights
+from .segmentation import deep_supervision_weights, resized
 
 __all__ = ["ConfidenceMaskedConsistency", "distillation_loss"]
 
@@ -80,7 +80,7 @@ class ConfidenceMaskedConsistency(nn.Module):
             )
         teacher, mask = teacher_probabilities.detach().float(), mask.float()
         losses = (
-            weight * self._level(level, _resized(teacher, level.shape[2:]), _resized(mask, level.shape[2:]).bool())
+            weight * self._level(level, resized(teacher, level.shape[2:]), resized(mask, level.shape[2:]).bool())
             for weight, level in zip(deep_supervision_weights(len(levels)), levels, strict=True)
         )
         return sum(losses, teacher.new_zeros(()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BadInput
 from .partial_labels import merge_unknown
 from .processes import mean_count
-from .segmentation import SegmentationLoss, _resized
+from .segmentation import SegmentationLoss, resized
 
 __all__ = ["FocalDiceLoss"]
 
@@ -61,8 +61,8 @@ class FocalDiceLoss(SegmentationLoss):
         size = logits.shape[2:]
         if unknown is not None:
             logits = merge_unknown(logits, unknown)
-        reference = one_hot(_resized(label, size).long(), logits.shape[1])
-        mask = torch.ones_like(reference[:, :1]) if mask is None else _resized(mask, size)
+        reference = one_hot(resized(label, size).long(), logits.shape[1])
+        mask = torch.ones_like(reference[:, :1]) if mask is None else resized(mask, size)
         focal = (self.focal(logits, reference).sum(1, keepdim=True) * mask).sum() / mean_count(mask)
         dice = self._dice(logits.softmax(1) * mask, reference * mask, unknown)
         return self.focal_weight * focal + self.dice_weight * dice

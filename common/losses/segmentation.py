@@ -18,7 +18,7 @@ from ..errors import BadInput
 from .partial_labels import Annotated, merge_unknown, unknown_classes
 from .processes import PooledDice, distributed, mean_count, mean_over_processes
 
-__all__ = ["SegmentationLoss", "deep_supervision_weights"]
+__all__ = ["SegmentationLoss", "deep_supervision_weights", "resized"]
 
 
 def deep_supervision_weights(levels: int) -> list[float]:
@@ -116,11 +116,11 @@ class SegmentationLoss(nn.Module):
         size = logits.shape[2:]
         if unknown is not None:
             logits = merge_unknown(logits, unknown)
-        target = _resized(label, size).long()
+        target = resized(label, size).long()
         probabilities, reference = logits.softmax(1), one_hot(target, logits.shape[1])
         if mask is None:
             return self._dice(probabilities, reference, unknown) + F.cross_entropy(logits, target.squeeze(1))
-        mask = _resized(mask, size)
+        mask = resized(mask, size)
         cross_entropy = F.cross_entropy(logits, target.squeeze(1), reduction="none").unsqueeze(1)
         dice = self._dice(probabilities * mask, reference * mask, unknown)
         return dice + (cross_entropy * mask).sum() / mean_count(mask)
@@ -138,5 +138,6 @@ class SegmentationLoss(nn.Module):
         return (loss * known).sum() / mean_count(known)
 
 
-def _resized(volume: Tensor, size: torch.Size) -> Tensor:
+def resized(volume: Tensor, size: torch.Size) -> Tensor:
+    """A volume (B, C, *spatial) at another ``size``, each voxel that of the nearest: for labels and masks."""
     return volume if volume.shape[2:] == size else F.interpolate(volume, size=size, mode="nearest-exact")

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ..errors import BadInput
-from ..losses.segmentation import _resized
+from ..losses.segmentation import resized
 from ..networks.reductions import likeliest_class
 from .base import Method, Segmenter
 
@@ -95,7 +95,7 @@ def sorted_channel_divergence(student_features: Tensor, teacher_features: Tensor
         )
     student = student_features.float().sort(dim=1, descending=True).values
     teacher = teacher_features.detach().float().softmax(dim=1).sort(dim=1, descending=True).values
-    region = _resized(region.float(), student.shape[2:]).bool()
+    region = resized(region.float(), student.shape[2:]).bool()
     return region_divergence(student, teacher, region)
 
 

@@ -29,7 +29,6 @@ from torch.func import functional_call
 
 from ..errors import BadInput
 from ..losses import SegmentationLoss, sigmoid_ramp_up
-from ..networks.dynamic_convolution import anneal
 from ..networks.vnet import without_running_statistics
 from .base import Method, Segmenter
 from .mean_teacher import clipped_noise
@@ -72,8 +71,7 @@ class ASENet(Method):
         consistency_weight: w after the ramp-up.
         ramp_up: length of w's sigmoid ramp-up as a fraction of the run.
         decay: of the teacher, the student's moving average.
-        annealing: fraction of the run in which dynamic convolutions, if there are any, reach the temperature 1. The
-            paper gives no length; a tenth is that of Chen et al., CVPR 2020.
+        annealing: fraction of the run in which dynamic convolutions, if there are any, reach the temperature 1.
         deploy: which weights :attr:`deployed` has: those of the ``"network"``, or their ``"moving_average"``.
 
     Raises:
@@ -109,12 +107,6 @@ class ASENet(Method):
     def deployed(self) -> nn.Module:
         """The network to validate and to write; the discriminators are for training only."""
         return self.network if self.deploy == "network" else self.average.module
-
-    def progress(self, step: int, total_steps: int) -> None:
-        """Called by the engine before every step: sets the dynamic convolutions' temperature, the teacher's too."""
-        super().progress(step, total_steps)
-        end = self.annealing * self.total_steps
-        anneal(self, self.step / end if end > 0 else 1.0)
 
     def forward(self, batch: Mapping[str, Mapping[str, Tensor]], optimizer: str = "") -> dict[str, Tensor]:
         turns = {"discriminators": self._discriminators_turn, "network": self._network_turn}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import BadInput
 from ..losses import unknown_classes
 from ..networks import SegmentationNetwork
+from ..networks.dynamic_convolution import anneal
 from ..networks.vnet import VNet
 
 __all__ = ["Method", "Segmenter", "refuse_partial_labels"]
@@ -38,6 +39,9 @@ class Method(nn.Module):
     (moving averages). Modules named in :attr:`frozen` never train: no gradients, always in eval mode.
     """
 
+    #: fraction of the run in which dynamic convolutions, if a network has any, reach the temperature 1. ASE-Net's paper
+    #: gives no length; a tenth is that of Chen et al., CVPR 2020.
+    annealing: float = 0.1
     #: names of submodules that are never trained
     frozen: tuple[str, ...] = ()
     segmentation_loss: Callable[..., Tensor]
@@ -48,13 +52,15 @@ class Method(nn.Module):
         self.total_steps = 1
 
     def progress(self, step: int, total_steps: int) -> None:
-        """Called by the engine before every step.
+        """Called by the engine before every step: lowers the temperature of dynamic convolutions, where there are any.
 
         Args:
             step: number of steps done, counted over the whole run.
             total_steps: number of steps of the whole run.
         """
         self.step, self.total_steps = step, max(total_steps, 1)
+        end = self.annealing * self.total_steps
+        anneal(self, self.step / end if end > 0 else 1.0, self._frozen_modules())
 
     @property
     def deployed(self) -> nn.Module:

@@ -9,7 +9,7 @@ Attention over Convolution Kernels", CVPR 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,11 @@ class DyBAC(nn.Module):
 
     @torch.jit.unused
     def set_progress(self, fraction: float) -> None:
-        """Set the temperature, on the line from its first value at ``fraction`` 0 to 1 at ``fraction`` 1 and after."""
-        self.temperature.fill_(1.0 + (self.initial_temperature - 1.0) * (1.0 - min(max(fraction, 0.0), 1.0)))
+        """Lower the temperature, on the line from its first value at ``fraction`` 0 to 1 at ``fraction`` 1 and after.
+
+        It is never raised: weights that were trained before start where they are.
+        """
+        self.temperature.clamp_(max=1.0 + (self.initial_temperature - 1.0) * (1.0 - min(max(fraction, 0.0), 1.0)))
 
     def kernel_attention(self, x: Tensor) -> Tensor:
         """The weights (B, N) of the kernels for each sample of ``x`` (B, C, *spatial); each sample's sum to 1."""
@@ -176,10 +179,11 @@ def _make_stages_dynamic(network: SegmentationNetwork | VNet) -> None:
             make_dynamic(block)
 
 
-def anneal(network: nn.Module, fraction: float) -> None:
-    """Call :meth:`DyBAC.set_progress` of every such block in ``network``; a network without any is left as it is."""
+def anneal(network: nn.Module, fraction: float, leave: Iterable[nn.Module] = ()) -> None:
+    """Call :meth:`DyBAC.set_progress` of every such block in ``network``, but for those in the modules to ``leave``."""
+    left = {module for root in leave for module in root.modules()}
     for module in network.modules():
-        if isinstance(module, DyBAC):
+        if isinstance(module, DyBAC) and module not in left:
             module.set_progress(fraction)
 
 

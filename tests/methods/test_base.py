@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from common.methods import Method
+from common.networks.dynamic_convolution import DyBAC
 
 
 class WithTeacher(Method):
@@ -68,3 +69,14 @@ def test_progress_is_kept_for_the_schedules():
 def test_a_method_must_say_what_its_losses_are():
     with pytest.raises(NotImplementedError, match="WithTeacher"):
         WithTeacher()({})
+
+
+def test_dynamic_convolutions_get_sharper_in_every_method_but_those_of_frozen_networks():
+    method = WithTeacher()
+    method.network, method.teacher = DyBAC(2, 4, 4), DyBAC(2, 4, 4)
+    for step, expected in ((0, 34.0), (5, 17.5), (10, 1.0), (99, 1.0)):
+        method.progress(step, 100)
+        assert method.network.temperature.item() == pytest.approx(expected)
+    assert method.teacher.temperature.item() == 34.0
+    method.progress(0, 100)
+    assert method.network.temperature.item() == 1.0, "weights that were trained before go on as they are"

@@ -121,7 +121,7 @@ def test_temperature_is_remembered():
     x = torch.randn(1, 4, 5, 5)
     assert torch.equal(other(x), block(x))
     other.set_progress(0.0)
-    assert other.temperature.item() == 34.0
+    assert other.temperature.item() == pytest.approx(9.25), "it never rises"
 
 
 def test_all_kernels_learn():

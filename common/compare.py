@@ -29,7 +29,7 @@ from .errors import BadInput
 from .files import write_atomically
 from .provenance import file_digest
 from .recipes import OWN, Recipe, choose_recipes, protocol_overlays, read_recipes
-from .study import ROOT, Study
+from .study import ROOT, Study, read_seeds
 
 __all__ = [
     "add_arguments",
@@ -86,8 +86,10 @@ def describe(
     Raises:
         BadInput: steps that can't be divided, or an unknown protocol.
     """
+    if iterations_per_epoch < 1:
+        raise BadInput(f"--iterations-per-epoch {iterations_per_epoch}: expected 1 or more.")
     epochs = steps // iterations_per_epoch
-    if iterations_per_epoch < 1 or steps < 1 or steps % iterations_per_epoch:
+    if steps < 1 or steps % iterations_per_epoch:
         raise BadInput(f"--steps {steps}: expected a multiple of --iterations-per-epoch {iterations_per_epoch}.")
     first = max(1, round(epochs / 3))
     optimizer = dict(optimizer or {})
@@ -317,13 +319,6 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _seeds(text: str) -> list[int]:
-    try:
-        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
-    except ValueError as error:
-        raise BadInput(f"--seeds {text!r}: expected whole numbers, such as 0,1,2.") from error
-
-
 def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
     """What the study is to plan; a given plan is taken as it is."""
     wanted = {"width": options.width, "max_width": options.max_width, "memory": options.memory}
@@ -335,9 +330,15 @@ def _plan(options: argparse.Namespace) -> dict[str, Any] | None:
         )
     if options.plan is not None:
         try:
-            return {"set": json.loads(options.plan.read_text())}
+            plan = json.loads(options.plan.read_text())
         except (OSError, ValueError) as error:
             raise BadInput(f"--plan {options.plan}: can't be read ({error}).") from error
+        if not isinstance(plan, dict):
+            raise BadInput(
+                f"--plan {options.plan}: found a {type(plan).__name__}, expected the keys and values of a config, as "
+                "`python -m common plan` writes them."
+            )
+        return {"set": plan}
     if options.protocol is not None:
         return None
     return {"datalist": options.datalist, "width": _WIDTH, **{key: wanted[key] for key in given}}
@@ -399,7 +400,7 @@ def main(options: argparse.Namespace) -> int:
     record = check_earlier(description, output)
     if content is not None:
         write_atomically(Path(datalist), json.dumps(content, indent=2))
-    study = Study(description, data, output, _seeds(options.seeds), options.device)
+    study = Study(description, data, output, read_seeds(options.seeds), options.device)
     write_atomically(output / "study.json", json.dumps(record, indent=2))
     failures = [] if options.only_table else study.run_all(jobs=options.jobs)
     comparison = Comparison(study, rows, options.reference)

@@ -48,6 +48,7 @@ _VOXELS = (
     "In voxels, as medpy has them: the 95th percentile of both directions' distances together; ASD from the prediction "
     "to the reference, not back."
 )
+_MOST_FAILURES = 10  # named in a sentence
 _TESTS: list[dict[str, Any]] = [
     {"key": "seeds", "title": "seeds", "better": None, "digits": 0},
     {"key": "cases", "title": "n", "better": None, "digits": 0},
@@ -86,6 +87,22 @@ def _p_value(p: float) -> str | None:
     if math.isnan(p):
         return None
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _failures(content: Mapping[str, Any]) -> list[str]:
+    """A sentence for each row with cases in which a structure is missed altogether, or found where there is none."""
+    sentences = []
+    for row in content["rows"]:
+        cases = [
+            f"{failure['case']} ({failure['label']}, seed {seed})"
+            for seed, failures in zip(content["seeds"], row["failures"], strict=True)
+            for failure in failures or ()
+        ]
+        if cases:
+            shown = ", ".join(cases[:_MOST_FAILURES])
+            more = f" and {len(cases) - _MOST_FAILURES} more, in compare.json" if len(cases) > _MOST_FAILURES else ""
+            sentences.append(f"Failed of {row['name']}: {shown}{more}.")
+    return sentences
 
 
 class Comparison:
@@ -196,6 +213,7 @@ class Comparison:
                 row[f"{measure}/{name}"] = [values[index] if values != [None] else None for values in per_label]
         failed = [sum(s["labels"][name]["failed"] for name in names) if s else None for s in summaries]
         row["failed"] = failed
+        row["failures"] = [s.get("failures", []) if s else None for s in summaries]
         row["minutes"] = [self._minutes(run, seed) for seed in self.study.seeds]
         row["parameters"], row["trained"] = self._parameters(run, next(iter(records), None))
         return row
@@ -243,7 +261,9 @@ class Comparison:
                     grouped[units.get(case, case)].append(score)
                 sides.append({unit: statistics.fmean(scores) for unit, scores in grouped.items()})
             test = paired_test(*sides)
-            found.append({"run": run.name, "name": run.title or run.name, "seeds": seeds, **vars(test)})
+            left_out = sorted(set().union(*sides) - set(sides[0]).intersection(sides[1]))
+            entry = {"run": run.name, "name": run.title or run.name, "seeds": seeds, **vars(test)}
+            found.append({**entry, "left_out": left_out})
         for key in ("t_test", "wilcoxon"):
             for entry, corrected in zip(found, holm([entry[key] for entry in found]), strict=True):
                 entry[f"{key}_holm"] = corrected
@@ -278,6 +298,7 @@ class Comparison:
             *([_VOXELS] if self.study.description.get("protocol") else []),
             f"Failed, all seeds together: {CONVENTIONS['failed']}; then no distance is marked as best.",
             "Parameters are those of the weights to use; trained those that an optimiser moved.",
+            *_failures(content),
             "",
         ]
         if len(names) > 1:
@@ -301,6 +322,12 @@ class Comparison:
                 "have: two-sided p of the paired t-test and of Wilcoxon's signed-rank test, each corrected by Holm for "
                 f"{count} rows. They say whether a difference would hold on other cases, not how much training again "
                 "would change it.",
+                *(
+                    f"Left out against {test['name']}, since of one of the two nothing can be scored there with every "
+                    f"seed: {', '.join(test['left_out'])}."
+                    for test in content["tests"]
+                    if test["left_out"]
+                ),
                 "",
             ]
         if content["picture"]:

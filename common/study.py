@@ -24,14 +24,18 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from types import FrameType
+from typing import IO, Any, NoReturn
 
 from tqdm import tqdm
 
@@ -41,10 +45,11 @@ from .planning import make_plan, parse_memory
 from .provenance import git_state
 from .tables import machine, markdown
 
-__all__ = ["Run", "Study", "add_arguments", "bundle_command", "config_digest", "main"]
+__all__ = ["Run", "Study", "add_arguments", "bundle_command", "config_digest", "main", "read_seeds"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _PARENTS = {"teacher": "teacher_path", "student": "student_path"}
+_RUNNING: set[subprocess.Popen] = set()  # what would otherwise live on when this process is told to end
 
 
 @dataclass(frozen=True)
@@ -264,14 +269,15 @@ class Study:
         try:
             begun = json.loads(path.read_text())
             written = checkpoint.stat().st_mtime
-        except (OSError, ValueError):
+            if begun["identity"] != identity:
+                return None
+            started, seconds = float(begun["started"]), float(begun["seconds"])
+        except (OSError, ValueError, KeyError, TypeError):  # the last three: not what was written here
             return None
-        if begun["identity"] != identity:
-            return None
-        if written >= begun["started"]:
-            return begun["seconds"] + written - begun["started"]
+        if written >= started:
+            return seconds + written - started
         # Of a training that was resumed and interrupted before it wrote another one; or else of a former description.
-        return begun["seconds"] or None
+        return seconds or None
 
     def _identity(self, run: Run, seed: int, commands: Sequence[Sequence[str]]) -> str:
         """Fingerprint of a run's options, overlays and datalist: with another one it must be run again.
@@ -325,6 +331,7 @@ class Study:
         title = self.description.get("title", "study")
         with (
             ThreadPoolExecutor(jobs) as pool,
+            _ended_with_us(),
             tqdm(total=len(waiting), desc=title, unit="run", disable=None) as bar,
         ):
             while waiting or running:
@@ -345,9 +352,13 @@ class Study:
                     try:
                         future.result()
                         tqdm.write(f"{run.name}, seed {seed}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-                    except (BadInput, OSError, ValueError) as error:
-                        failures.append(str(error))
-                        tqdm.write(f"error: {error}", file=sys.stderr)
+                    except Exception as error:  # whatever it is, the other runs are worth having
+                        known = isinstance(error, (BadInput, OSError))
+                        failure = str(error) if known else f"run {run.name}, seed {seed}: {error!r}"
+                        failures.append(failure)
+                        tqdm.write(f"error: {failure}", file=sys.stderr)
+                        if not known:
+                            tqdm.write("".join(traceback.format_exception(error)), file=sys.stderr)
         return failures
 
     def records_by_seed(self, run: Run) -> dict[int, dict[str, Any]]:
@@ -407,10 +418,37 @@ def _call(command: Sequence[str], log: IO[str], cores: Sequence[int] | None) -> 
     if cores is not None:
         environment["OMP_NUM_THREADS"] = str(len(cores))
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
-    if cores is not None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.sched_setaffinity(process.pid, cores)
-    return process.wait()
+    _RUNNING.add(process)
+    try:
+        if cores is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.sched_setaffinity(process.pid, cores)
+        return process.wait()
+    finally:
+        _RUNNING.discard(process)
+
+
+@contextlib.contextmanager
+def _ended_with_us() -> Iterator[None]:
+    """Within it, trainings end when this process is told to: left alone, they would hold their folders for hours.
+
+    Each goes on from its last checkpoint when the study is run again.
+    """
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    mine = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, stop) if mine else None
+    try:
+        yield
+    except BaseException:
+        for process in list(_RUNNING):
+            process.terminate()
+        raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, earlier)
 
 
 def read_study(path: Path) -> dict[str, Any]:
@@ -426,6 +464,18 @@ def read_study(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not content.get("runs"):
         raise BadInput(f"study {path}: it lists no `runs`.")
     return content
+
+
+def read_seeds(text: str) -> list[int]:
+    """The numbers of ``--seeds``, each once.
+
+    Raises:
+        BadInput: they are no whole numbers with commas between them.
+    """
+    try:
+        return list(dict.fromkeys(int(seed) for seed in text.split(",")))
+    except ValueError as error:
+        raise BadInput(f"--seeds {text!r}: expected whole numbers, such as 0,1,2.") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -444,7 +494,7 @@ def main(options: argparse.Namespace) -> int:
     description = read_study(options.study)
     if not options.data.is_dir():
         raise BadInput(f"--data {options.data}: no such folder; it must hold the datalists that the study names.")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = read_seeds(options.seeds)
     study = Study(description, options.data.resolve(), options.output.resolve(), seeds, options.device)
     only = options.only.split(",") if options.only else None
     unknown = set(only or ()) - set(study.runs)

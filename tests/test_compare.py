@@ -240,6 +240,41 @@ def test_a_picture_that_fails_keeps_no_figures_back(
 
 
 @pytest.mark.usefixtures("untracked", "calls")
+def test_a_case_that_a_seed_has_no_figure_for_is_left_out_and_named(data: Path, tmp_path: Path) -> None:
+    arguments = ("--seeds", "0,1")
+    main(options(data, tmp_path / "out", *arguments))
+    assert "Left out" not in (tmp_path / "out" / "compare.md").read_text()
+    for run, seed in (("bcp", 1), ("supervised", 0)):
+        path = tmp_path / "out" / run / f"seed{seed}" / "test" / "metrics.csv"
+        (dropped,) = [line for line in path.read_text().splitlines() if line.startswith("c,")]
+        path.write_text(path.read_text().replace(dropped, "c,,"))
+    main(options(data, tmp_path / "out", *arguments, "--only-table"))
+    content = json.loads((tmp_path / "out" / "compare.json").read_text())
+    for test in content["tests"]:
+        assert (test["cases"], test["left_out"]) == (2, ["patient q"])
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "Left out against BCP" in text
+    assert "with every seed: patient q." in text
+
+
+@pytest.mark.usefixtures("untracked", "calls")
+def test_failures_are_listed(data: Path, tmp_path: Path) -> None:
+    main(options(data, tmp_path / "out"))
+    assert "Failed of" not in (tmp_path / "out" / "compare.md").read_text()
+    path = tmp_path / "out" / "bcp" / "seed0" / "record.json"
+    record = json.loads(path.read_text())
+    failures = [{"case": f"case{number}", "label": "wall", "reason": "prediction empty"} for number in range(12)]
+    record["summary"]["failures"] = failures
+    path.write_text(json.dumps(record))
+    main(options(data, tmp_path / "out", "--only-table"))
+    (sentence,) = re.findall("Failed of .*", (tmp_path / "out" / "compare.md").read_text())
+    assert sentence.startswith("Failed of BCP: case0 (wall, seed 0), case1 (wall, seed 0), ")
+    assert sentence.endswith("case9 (wall, seed 0) and 2 more, in compare.json.")
+    rows = {row["run"]: row for row in json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]}
+    assert rows["bcp"]["failures"] == [failures]
+
+
+@pytest.mark.usefixtures("untracked", "calls")
 def test_every_panel_is_its_own_runs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr("common.comparison.save_comparison", lambda *arguments: drawn.append(arguments))
@@ -454,6 +489,13 @@ def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Pa
     assert _plan(given) == {"datalist": "datalist.json", "width": 32, "memory": "8GB"}
 
 
+def test_a_plan_that_is_no_config_is_refused(data: Path, tmp_path: Path) -> None:
+    given = options(data, tmp_path / "out")
+    given.plan.write_text("[1, 2]")
+    with pytest.raises(BadInput, match=r"plan\.json: found a list, expected the keys and values of a config"):
+        _plan(given)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -465,6 +507,7 @@ def test_a_plan_that_is_made_is_that_of_earlier_studies(data: Path, tmp_path: Pa
         (["--learning-rate", "0.5", "--set", "learning_rate=0.1"], "--learning-rate says it already"),
         (["--datalist", "learnt.json"], "are among its `unlabeled`, too, which no training takes"),
         (["--seeds", "0,x"], "0,x"),
+        (["--iterations-per-epoch", "0"], "--iterations-per-epoch 0: expected 1 or more"),
         (["--jobs", "0"], "--jobs 0"),
         (["--datalist", "none.json"], "none.json"),
         (["--upper-bound", "none.json"], "none.json"),

@@ -29,11 +29,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_numbers_are_the_published_ones(name: str) -> None:
+def config_of(name: str) -> ConfigParser:
     parser = ConfigParser()
     configs = ROOT / "bundles" / "student" / "configs"
     parser.read_config([str(configs / file) for file in ("train.json", *read_recipes()[name].overlays)])
+    return parser
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_the_published_ones(name: str) -> None:
+    parser = config_of(name)
     given = parser["train#method"]
     found = {
         key: parser.get_parsed_content(value.removeprefix("@")) if str(value).startswith("@") else value
@@ -41,6 +46,23 @@ def test_numbers_are_the_published_ones(name: str) -> None:
         if key in PUBLISHED[name]
     }
     assert found == pytest.approx(PUBLISHED[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["mean_teacher", "ua_mt", "cps", "bcp", "ase_net", "ase_net_dybac", "aggregating_decoupling"]
+)
+def test_labelled_and_unlabelled_crops_are_augmented_alike(name: str) -> None:
+    """Mirrored about the same axes, magnified alike: what differs is what the method learns from."""
+    parser = config_of(name)
+    labeled, unlabeled = (dict(parser[f"train#{part}augmentation"]) for part in ("", "unlabeled_"))
+    assert labeled.pop("keys", ["image", "label"]) == ["image", "label"]
+    assert unlabeled.pop("keys") == ["image"]
+    assert labeled == unlabeled
+
+
+def test_operations_of_aggregating_and_decoupling_are_drawn_as_often_as_published() -> None:
+    augmentation = config_of("aggregating_decoupling")["train#augmentation"]
+    assert (augmentation["operations"], augmentation["probability"]) == (3, 0.7)
 
 
 def test_every_file_is_a_recipe_whose_overlays_exist() -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import torch
 
 from common import study as module
 from common.errors import BadInput
-from common.study import ROOT, Study, config_digest, main, read_study
+from common.study import ROOT, Run, Study, config_digest, main, read_study
 from common.tables import cost_table, gap_table, markdown, measured_targets, regression_table, segmentation_table
 
 DESCRIPTION = {
@@ -361,6 +362,10 @@ def test_main_says_what_failed(tmp_path: Path, calls: list[list[str]], capsys: p
     assert main(options) == 1
     assert "no such luck" in capsys.readouterr().err
     assert "supervised" in (tmp_path / "out" / "results.md").read_text()
+    options.seeds = "0;1"
+    with pytest.raises(BadInput, match="--seeds '0;1'"):
+        main(options)
+    options.seeds = "0"
     options.only = "professor"
     with pytest.raises(BadInput, match="professor"):
         main(options)
@@ -424,6 +429,62 @@ def test_a_run_keeps_to_its_cores(tmp_path: Path) -> None:
     with open(tmp_path / "log.txt", "w") as log:
         assert module._call([sys.executable, "-c", code], log, [core]) == 0
     assert (tmp_path / "log.txt").read_text().strip() == f"{{{core}}} 1"
+
+
+LONG_STUDY = """
+import sys
+from pathlib import Path
+from common.study import Study
+from common import study
+output = Path(sys.argv[1])
+code = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)"
+Study.commands = lambda self, run, seed: [[sys.executable, "-c", code, str(output / f"{seed}.txt")]] * 2
+description = {"runs": {"teacher": {"bundle": "teacher", "epochs": 1}}}
+Study(description, output, output, [0, 1]).run_all(jobs=2)
+"""
+
+
+def test_trainings_end_with_the_study_that_is_told_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LONG_STUDY, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    files = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + 15
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_an_error_that_nobody_expected_does_not_end_the_others(
+    study: Study, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = study.commands
+
+    def fail(run: Run, seed: int) -> list[list[str]]:
+        if seed == 0:
+            raise KeyError("odd")
+        return commands(run, seed)
+
+    monkeypatch.setattr(study, "commands", fail)
+    failures = study.run_all(["teacher"])
+    assert failures == ["run teacher, seed 0: KeyError('odd')"]
+    assert "Traceback" in capsys.readouterr().err
+    assert list(study.records_by_seed(study.runs["teacher"])) == [1]
+
+
+def test_what_is_not_known_of_an_interrupted_training_begins_it_anew(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "checkpoint.pt").touch()
+    for text in ("{}", "[]", '{"identity": "a"}', '{"identity": "a", "started": null, "seconds": 1}', "half"):
+        (tmp_path / "begun.json").write_text(text)
+        assert Study._begun_before(tmp_path, "a") is None
+    (tmp_path / "begun.json").write_text('{"identity": "a", "started": 0, "seconds": 1}')
+    assert Study._begun_before(tmp_path, "a") is not None
 
 
 def test_a_regression_table_says_what_intervals_hold(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

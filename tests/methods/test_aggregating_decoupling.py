@@ -443,6 +443,24 @@ def test_without_reparameterize_and_smooth_probabilities_are_summed(monkeypatch)
     assert torch.equal(method.pseudo_label(image, features), expected)
 
 
+def test_denoising_starts_from_new_normal_noise_each_time(monkeypatch):
+    method, image = make(), batch_of()["unlabeled"]["image"]
+    seen: list[Tensor] = []
+
+    def denoise(image, noisy, steps):
+        seen.append(noisy)
+        return [torch.zeros_like(noisy)]
+
+    monkeypatch.setattr(method.network, "denoise", denoise)
+    for _ in range(2):
+        method.pseudo_label(image, method.network.encode(image))
+    first, _, second, _ = seen
+    for noise in (first, second):
+        assert noise.mean().item() == pytest.approx(0.0, abs=0.1)
+        assert noise.std().item() == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(first, second)
+
+
 def test_pseudo_labels_come_from_as_many_denoising_steps_as_asked_for(monkeypatch):
     method, steps = make(sampling_steps=10), []
     denoise = method.network.denoise

@@ -34,7 +34,8 @@ EXAMPLES = {
     "bundles/teacher/models/model.pt --plan plan.json",
     "complete": "--datalist my_data/datalist.json --teachers liver=liver/models/model.pt spleen=spleen/models/model.pt "
     "--output my_data/completed",
-    "pack": "dual_decoder --plan plan.json --evaluation output/eval/summary.json --output dual_decoder-1.0.0.zip",
+    "pack": "dual_decoder --plan plan.json --evaluation output/eval/summary.json --version 1.0.0 --output "
+    "dual_decoder-1.0.0.zip",
     "verify": "dual_decoder-1.0.0.zip --run-code",
     "reproduce": "output/teacher --output output/again --run",
     "study": "studies/hippocampus.json --data my_data/hippocampus --output output/hippocampus --seeds 0,1,2 --jobs 2",

@@ -17,7 +17,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from monai.bundle import ConfigParser
@@ -92,7 +94,8 @@ def describe(
     if steps < 1 or steps % iterations_per_epoch:
         raise BadInput(f"--steps {steps}: expected a multiple of --iterations-per-epoch {iterations_per_epoch}.")
     first = max(1, round(epochs / 3))
-    optimizer = dict(optimizer or {})
+    optimizer, settings = dict(optimizer or {}), dict(settings or {})
+    chosen = settings.get("select") == "best"
 
     def supervised(datalist: str, epochs: int, title: str) -> dict[str, Any]:
         overlays = list(protocol_overlays(protocol, "teacher"))
@@ -127,8 +130,12 @@ def describe(
         "title": f"Comparison on {title or datalist}, {steps} steps",
         **({"protocol": protocol} if protocol is not None else {}),
         **({"plan": dict(plan)} if plan is not None else {}),
-        # Validation during a training chooses nothing, so there is one, at the end.
-        "set": {"iterations_per_epoch": iterations_per_epoch, "val_interval": epochs, **(settings or {})},
+        # Validation during a training that chooses nothing: one, at the end.
+        "set": {
+            "iterations_per_epoch": iterations_per_epoch,
+            **({} if chosen else {"val_interval": epochs}),
+            **settings,
+        },
         "evaluate": {"postprocessing#output_dir": "$@output_dir + '/predictions'"},
         "runs": runs,
     }
@@ -194,7 +201,7 @@ def _alike(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Refuse overrides that no run would notice, or that contradict the comparison's own options.
+    """Refuse overrides that no run would notice, that some can't take, or that contradict the comparison's own options.
 
     Args:
         settings: values by key.
@@ -202,17 +209,23 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
 
     Raises:
         BadInput: a key that none of the runs' configs has; of a component, which may have other arguments than those
-            that are written down, the part before the last ``#`` must be there. Or one that follows from an option.
+            that are written down, the part before the last ``#`` must be there. Or an argument that the component of
+            some rows does not take, or one that follows from an option.
     """
     for key in settings:
         if key in _OF_OPTIONS:
             raise BadInput(f"--set {key}: it follows from {_OF_OPTIONS[key]}. Give that instead.")
     plan = (description.get("plan") or {}).get("set", {})
     unknown, keys = [key for key in settings if key not in plan], set(plan)
-    for bundle, overlays in {(run["bundle"], tuple(run["overlays"])) for run in description["runs"].values()}:
+    kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, run in description["runs"].items():
+        kinds.setdefault((run["bundle"], tuple(run["overlays"])), []).append(name)
+    for (bundle, overlays), rows in kinds.items():
         parser = ConfigParser()
         folder = ROOT / "bundles" / bundle / "configs"
         parser.read_config([str(folder / name) for name in ("train.json", "evaluate.json", *overlays)])
+        for key in settings:
+            _check_argument(parser, key.removeprefix("+"), rows)
         unknown = [key for key in unknown if not _is_known(parser, key.removeprefix("+"))]
         keys.update(key for key in parser.get() if not key.startswith("_"))
     for key in unknown:
@@ -224,8 +237,31 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
 
 
 def _is_known(parser: ConfigParser, key: str) -> bool:
-    component = key.rpartition("#")[0]
-    return key in parser or (bool(component) and component in parser and "_target_" in parser[component])
+    return key in parser or _component(parser, key) is not None
+
+
+def _component(parser: ConfigParser, key: str) -> Mapping[str, Any] | None:
+    """What a key is, or may be, an argument of."""
+    name = key.rpartition("#")[0]
+    component = parser[name] if name and name in parser else None
+    return component if isinstance(component, Mapping) and "_target_" in component else None
+
+
+def _check_argument(parser: ConfigParser, key: str, rows: Sequence[str]) -> None:
+    """Refuse an argument that only the components of other rows take: these rows would fail."""
+    component, argument = _component(parser, key), key.rpartition("#")[2]
+    if component is None or argument.startswith("_"):
+        return
+    target = component["_target_"]
+    made = locate(target) if isinstance(target, str) and "." in target else None
+    if not callable(made):
+        return
+    taken = signature(made).parameters
+    if argument not in taken and Parameter.VAR_KEYWORD not in {taken[name].kind for name in taken}:
+        raise BadInput(
+            f"--set {key}: {target} of the rows {', '.join(rows)} takes no {argument!r}, and every row would get it. "
+            "For one recipe alone, write an overlay beside its own, such as recipes/bcp_without_largest_component.json."
+        )
 
 
 def check_upper_bound(datalist: Path, upper_bound: Path, section: str) -> None:

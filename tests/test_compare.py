@@ -156,6 +156,14 @@ def test_all_rows_take_the_same_steps() -> None:
         describe(recipes, "few.json", 50, 50)
 
 
+@pytest.mark.parametrize(("settings", "interval"), [({}, 6), ({"select": "best"}, None), ({"val_interval": 2}, 2)])
+def test_a_training_is_validated_once_unless_that_chooses_its_weights(
+    settings: dict[str, Any], interval: int | None
+) -> None:
+    recipes = choose_recipes("ua_mt", read_recipes())
+    assert describe(recipes, "d.json", 6, 1, settings=settings)["set"].get("val_interval") == interval
+
+
 def test_a_protocol_comes_last_and_gives_strong_views_to_those_that_ask_for_them() -> None:
     runs = describe(choose_recipes("ua_mt", read_recipes()), "d.json", 6, 1, protocol="left_atrium")["runs"]
     plain, views, strong, whole = (
@@ -467,8 +475,10 @@ def test_tables_of_cases_that_were_learnt_from_say_so(
 
 def test_a_key_of_any_config_may_be_set_and_an_argument_of_any_component() -> None:
     description = describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1)
-    known = ("threshold", "section", "train#trainer#gradient_clip", "inferer#stride", "train#method#box", "edges")
-    check_settings(dict.fromkeys(known), {**description, "plan": {"set": {"edges": 1}}})
+    arguments = ("train#trainer#gradient_clip", "inferer#stride", "train#method#segmentation_loss")
+    check_settings(
+        dict.fromkeys(("threshold", "section", "edges", *arguments)), {**description, "plan": {"set": {"edges": 1}}}
+    )
 
 
 @pytest.mark.usefixtures("untracked")
@@ -516,6 +526,7 @@ def test_a_plan_that_is_no_config_is_refused(data: Path, tmp_path: Path) -> None
         (["--upper-bound", "other_labels.json"], "its `validation` is not that of"),
         (["--set", "mirror_axis=[0]"], "--set mirror_axis: none of the configs has it.*mirror_axes"),
         (["--set", "train#method#decay#of=1"], "none of the configs has it"),
+        (["--set", "train#method#box=0.5"], "Supervised of the rows teacher, supervised takes no 'box'"),
         (["--set", "seed=3"], "--set seed: it follows from --seeds"),
         (["--set", "train#trainer#max_epochs=3"], "it follows from --steps"),
         (["--width", "32"], "--width: it is for a plan that is made"),

@@ -266,7 +266,7 @@ _ADVICE = {
         "Semi-supervised training needs images without labels there; "
         "where there are none, train the teacher bundle instead, which needs only `training`."
     ),
-    "validation": "List a few labelled cases there; they choose the weights that are kept.",
+    "validation": "List a few labelled cases there: they show how the training goes, and what a table is of.",
     "testing": "List the cases to evaluate there.",
 }
 

@@ -1,7 +1,8 @@
 """Augmentation by a few operations drawn at random, alike for labelled and unlabelled crops.
 
 The sampling-based volumetric augmentation of Wang & Li, "Towards Generic Semi-Supervised Framework for Volumetric
-Medical Image Segmentation", NeurIPS 2023.
+Medical Image Segmentation", NeurIPS 2023. By default magnification is from 0.7 to 1.3 and rotation about every axis;
+the released code has 0.7 to 1 and the first axis alone.
 """
 
 from __future__ import annotations

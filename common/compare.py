@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -22,7 +23,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from monai.bundle import ConfigParser
+from monai.bundle import ComponentLocator, ConfigParser
 
 from .comparison import Comparison
 from .data.checks import in_both, patient_key
@@ -45,6 +46,8 @@ __all__ = [
 
 SUPERVISED, TEACHER, UPPER_BOUND = "supervised", "teacher", "supervised_all"
 _WIDTH = 32
+#: epochs from one validation to the next where they choose the weights, as the bundles have it
+_INTERVAL = 5
 #: keys of the configs that follow from options, and so can't be set beside them
 _OF_OPTIONS = {
     "dataset_dir": "--data",
@@ -95,7 +98,8 @@ def describe(
         raise BadInput(f"--steps {steps}: expected a multiple of --iterations-per-epoch {iterations_per_epoch}.")
     first = max(1, round(epochs / 3))
     optimizer, settings = dict(optimizer or {}), dict(settings or {})
-    chosen = settings.get("select") == "best"
+    # Where validation chooses the weights it needs something to choose from; where it does not, one at the end will do.
+    interval = _INTERVAL if settings.get("select") == "best" else epochs
 
     def supervised(datalist: str, epochs: int, title: str) -> dict[str, Any]:
         overlays = list(protocol_overlays(protocol, "teacher"))
@@ -130,12 +134,7 @@ def describe(
         "title": f"Comparison on {title or datalist}, {steps} steps",
         **({"protocol": protocol} if protocol is not None else {}),
         **({"plan": dict(plan)} if plan is not None else {}),
-        # Validation during a training that chooses nothing: one, at the end.
-        "set": {
-            "iterations_per_epoch": iterations_per_epoch,
-            **({} if chosen else {"val_interval": epochs}),
-            **settings,
-        },
+        "set": {"iterations_per_epoch": iterations_per_epoch, "val_interval": interval, **settings},
         "evaluate": {"postprocessing#output_dir": "$@output_dir + '/predictions'"},
         "runs": runs,
     }
@@ -201,67 +200,94 @@ def _alike(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Refuse overrides that no run would notice, that some can't take, or that contradict the comparison's own options.
+    """Refuse overrides that no run would notice, that some would fail with, or that contradict the options.
+
+    A comparison that fails at its first evaluation has lost all its trainings, so both of a run's configs are asked:
+    that of its training, and that with ``evaluate.json`` over it.
 
     Args:
         settings: values by key.
         description: of the study, as :func:`describe` gives it.
 
     Raises:
-        BadInput: a key that none of the runs' configs has; of a component, which may have other arguments than those
-            that are written down, the part before the last ``#`` must be there. Or an argument that the component of
-            some rows does not take, or one that follows from an option.
+        BadInput: a key that none of the runs' configs has, or that none reads under the protocol; one inside of
+            something that some rows' configs lack, or an argument that some rows' component does not take; or one that
+            follows from an option.
     """
     for key in settings:
         if key in _OF_OPTIONS:
             raise BadInput(f"--set {key}: it follows from {_OF_OPTIONS[key]}. Give that instead.")
     plan = (description.get("plan") or {}).get("set", {})
-    unknown, keys = [key for key in settings if key not in plan], set(plan)
     kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, run in description["runs"].items():
         kinds.setdefault((run["bundle"], tuple(run["overlays"])), []).append(name)
+    known, keys, read, problems = set(plan), set(plan), set(plan), {}
     for (bundle, overlays), rows in kinds.items():
-        parser = ConfigParser()
-        folder = ROOT / "bundles" / bundle / "configs"
-        parser.read_config([str(folder / name) for name in ("train.json", "evaluate.json", *overlays)])
-        for key in settings:
-            _check_argument(parser, key.removeprefix("+"), rows)
-        unknown = [key for key in unknown if not _is_known(parser, key.removeprefix("+"))]
-        keys.update(key for key in parser.get() if not key.startswith("_"))
-    for key in unknown:
-        close = get_close_matches(key, sorted(keys), 1)
-        raise BadInput(
-            f"--set {key}: none of the configs has it, so it would change nothing."
-            + (f" Do you mean {close[0]}?" if close else "")
-        )
+        for files in (("train.json",), ("train.json", "evaluate.json")):
+            configs = ROOT / "bundles" / bundle / "configs"
+            parser = ConfigParser()
+            parser.read_config([str(configs / name) for name in files])
+            plain, its_own = json.dumps(parser.get()), set(parser.get())
+            parser.read_config([str(configs / name) for name in (*files, *overlays)])
+            merged = json.dumps(parser.get())
+            keys.update(key for key in parser.get() if not key.startswith("_"))
+            # What is referred to; or what the bundle has and never refers to, since its code looks it up.
+            read.update(key for key in settings if _refers(merged, key) or (key in its_own and not _refers(plain, key)))
+            for key, value in settings.items():
+                problem = _problem(parser, key.removeprefix("+"))
+                if problem is not None:
+                    problems.setdefault(key, f"{problem} ({', '.join(rows)}: {' + '.join((*files, *overlays))})")
+                    continue
+                if key.removeprefix("+") in parser or "#" in key:
+                    known.add(key)
+                parser.update({key.removeprefix("+"): value})  # the next key may be about what this one replaces
+    for key in settings:
+        if key not in known:
+            close = get_close_matches(key, sorted(keys), 1)
+            raise BadInput(
+                f"--set {key}: none of the configs has it, so it would change nothing."
+                + (f" Do you mean {close[0]}?" if close else f" {problems[key]}." if key in problems else "")
+            )
+        if key in problems:
+            raise BadInput(
+                f"--set {key}: every row would get it, and some would fail: {problems[key]}. For one recipe alone, "
+                "write an overlay beside its own, such as recipes/bcp_without_largest_component.json."
+            )
+        if "#" not in key and key not in read:
+            raise BadInput(f"--set {key}: the protocol decides that, and no row's config would read it.")
 
 
-def _is_known(parser: ConfigParser, key: str) -> bool:
-    return key in parser or _component(parser, key) is not None
+def _refers(config: str, key: str) -> bool:
+    """Whether a config, as JSON, refers to a key of its own."""
+    return re.search(rf"@{re.escape(key)}(?!\w)", config) is not None
 
 
-def _component(parser: ConfigParser, key: str) -> Mapping[str, Any] | None:
-    """What a key is, or may be, an argument of."""
-    name = key.rpartition("#")[0]
-    component = parser[name] if name and name in parser else None
-    return component if isinstance(component, Mapping) and "_target_" in component else None
-
-
-def _check_argument(parser: ConfigParser, key: str, rows: Sequence[str]) -> None:
-    """Refuse an argument that only the components of other rows take: these rows would fail."""
-    component, argument = _component(parser, key), key.rpartition("#")[2]
-    if component is None or argument.startswith("_"):
-        return
-    target = component["_target_"]
-    made = locate(target) if isinstance(target, str) and "." in target else None
-    if not callable(made):
-        return
+def _problem(parser: ConfigParser, key: str) -> str | None:
+    """Why a config can't take a key inside of something, in words."""
+    name, _, argument = key.rpartition("#")
+    if not name or key in parser:
+        return None
+    holder = parser.get(name)
+    if not isinstance(holder, Mapping):
+        return f"there is no {name!r}"
+    if "_target_" not in holder:
+        return f"{name!r} has no {argument!r}"
+    target = holder["_target_"]
+    made = _located(target) if isinstance(target, str) else None
+    if argument.startswith("_") or not callable(made):
+        return None
     taken = signature(made).parameters
-    if argument not in taken and Parameter.VAR_KEYWORD not in {taken[name].kind for name in taken}:
-        raise BadInput(
-            f"--set {key}: {target} of the rows {', '.join(rows)} takes no {argument!r}, and every row would get it. "
-            "For one recipe alone, write an overlay beside its own, such as recipes/bcp_without_largest_component.json."
-        )
+    if argument in taken or Parameter.VAR_KEYWORD in {parameter.kind for parameter in taken.values()}:
+        return None
+    return f"{target} takes no {argument!r}"
+
+
+def _located(target: str) -> Any:
+    """A class or a function by its path, or by its name where it is one of MONAI's."""
+    if "." in target:
+        return locate(target)
+    module = ComponentLocator().get_component_module_name(target)
+    return locate(f"{module}.{target}") if isinstance(module, str) else None
 
 
 def check_upper_bound(datalist: Path, upper_bound: Path, section: str) -> None:

@@ -22,7 +22,7 @@ from .metrics import DISTANCE_METRICS, OVERLAP_METRICS
 from .report import markdown_table
 from .significance import holm, paired_test
 from .study import Run, Study
-from .tables import best_among_equals, config_versions, deployed_parameters, machine
+from .tables import best_among_equals, config_versions, deployed_parameters, machine, outdated_rows
 
 __all__ = ["Comparison", "case_dice", "trained_parameters"]
 
@@ -177,10 +177,7 @@ class Comparison:
             needed |= more
         runs = [run for run in study.runs.values() if run.name in needed]
         records = [record for run in runs for record in study.records(run)]
-        old = [
-            f"{run.title or run.name}, seed {seed}" for run in runs for seed in study.seeds if study.outdated(run, seed)
-        ]
-        remarks = [f"Made with other settings than now: {'; '.join(old)}."] if old else []
+        remarks = outdated_rows(study, needed)
         remarks += dict.fromkeys(record["summary"]["note"] for record in records if record["summary"].get("note"))
         return {
             "machine": "; ".join(dict.fromkeys(record.get("machine") or machine() for record in records)) or machine(),
@@ -254,14 +251,16 @@ class Comparison:
             seeds = [seed for seed in self.study.seeds if all(seed in records for records in done)]
             if run is self.reference or not seeds:
                 continue
+            scored = [self.scores(side, seeds) for side in (run, self.reference)]
+            both = scored[0].keys() & scored[1].keys()
             sides = []
-            for side in (run, self.reference):
+            for scores in scored:
                 grouped = defaultdict(list)
-                for case, score in self.scores(side, seeds).items():
-                    grouped[units.get(case, case)].append(score)
-                sides.append({unit: statistics.fmean(scores) for unit, scores in grouped.items()})
+                for case in sorted(both):
+                    grouped[units.get(case, case)].append(scores[case])
+                sides.append({unit: statistics.fmean(values) for unit, values in grouped.items()})
             test = paired_test(*sides)
-            left_out = sorted(set().union(*sides) - set(sides[0]).intersection(sides[1]))
+            left_out = sorted((scored[0].keys() | scored[1].keys()) - both)
             entry = {"run": run.name, "name": run.title or run.name, "seeds": seeds, **vars(test)}
             found.append({**entry, "left_out": left_out})
         for key in ("t_test", "wilcoxon"):

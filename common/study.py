@@ -42,7 +42,7 @@ from tqdm import tqdm
 from .errors import BadInput
 from .files import write_atomically
 from .planning import make_plan, parse_memory
-from .provenance import git_state
+from .provenance import file_digest, git_state
 from .tables import machine, markdown
 
 __all__ = ["Run", "Study", "add_arguments", "bundle_command", "config_digest", "main", "read_seeds"]
@@ -171,7 +171,11 @@ class Study:
         # Not in the plan itself, which is packed with the weights: the path is nobody else's business.
         made_for = self.output / "plan_made_for.json"
         asked = {**wanted, "data": str(self.data)}
-        if not (path.exists() and made_for.exists() and json.loads(made_for.read_text()) == asked):
+        if "datalist" in wanted:
+            asked["digest"] = file_digest(self.data / wanted["datalist"])[:16]
+        before = json.loads(made_for.read_text()) if path.exists() and made_for.exists() else {}
+        # A plan of before there was a digest is kept.
+        if before != {key: value for key, value in asked.items() if key != "digest" or key in before}:
             options = {key: value for key, value in wanted.items() if key not in ("datalist", "set")}
             if "memory" in options:
                 options["memory"] = parse_memory(options["memory"])

@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "machine",
     "markdown",
     "measured_targets",
+    "outdated_rows",
     "regression_table",
     "segmentation_table",
 ]
@@ -38,7 +39,10 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "temperature")
 
 
 def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Dice and HD95 a structure and over structures: columns and rows, a list of seeds in each cell."""
+    """Dice and HD95 a structure and over structures: columns and rows, a list of seeds in each cell.
+
+    Seeds that are not done stand at its end, as None.
+    """
     measured = [(run, [r["summary"] for r in study.records(run)]) for run in study.runs.values()]
     measured = [(run, records) for run, records in measured if records and records[0]["labels"]]
     names = list(dict.fromkeys(name for _, records in measured for name in records[0]["labels"]))
@@ -46,13 +50,14 @@ def segmentation_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[st
     for run, records in measured:
         row: dict[str, Any] = {"name": run.title or run.name}
         own = list(records[0]["labels"])
+        undone = [None] * (len(study.seeds) - len(records))
         if len(own) == len(names):  # the means of a network of one organ alone compare with no other's
-            row["dice"] = [summary["mean_dice"] for summary in records]
+            row["dice"] = [*(summary["mean_dice"] for summary in records), *undone]
             hd95 = [[_figure(s["labels"][name]["hd95"]["mean"]) for name in names] for s in records]
-            row["hd95"] = [statistics.fmean(values) for values in hd95]
+            row["hd95"] = [*(statistics.fmean(values) for values in hd95), *undone]
         for name in own:
-            row[f"dice/{name}"] = [summary["labels"][name]["dice"]["mean"] for summary in records]
-            row[f"hd95/{name}"] = [_figure(summary["labels"][name]["hd95"]["mean"]) for summary in records]
+            row[f"dice/{name}"] = [*(summary["labels"][name]["dice"]["mean"] for summary in records), *undone]
+            row[f"hd95/{name}"] = [*(_figure(s["labels"][name]["hd95"]["mean"]) for s in records), *undone]
         row["failed"] = str(sum(s["labels"][name]["failed"] for s in records for name in own))
         rows.append(row)
     columns = [{"key": "dice", "title": "mean Dice", "better": "higher", "digits": 3}]
@@ -87,16 +92,17 @@ def regression_table(study: Study, target: str) -> tuple[list[dict[str, Any]], l
             continue
         unit = summaries[0]["unit"]
         row: dict[str, Any] = {"name": run.title or run.name}
+        undone = [None] * (len(study.seeds) - len(summaries))
         for group in (name for name in _GROUPS if all(name in s for s in summaries)):
             groups[group] = _GROUPS[group]
             for measure in ("mae", "rmse", "r2"):
-                row[f"{group}/{measure}"] = [_figure(s[group][measure]) for s in summaries]
+                row[f"{group}/{measure}"] = [*(_figure(s[group][measure]) for s in summaries), *undone]
         if all("covered" in s for s in summaries):
-            row["coverage"] = [_figure(s["coverage"]["mean"]) for s in summaries]
-            row["covered/mae"] = [_figure(s["covered"]["voxels"]["mae"]) for s in summaries]
+            row["coverage"] = [*(_figure(s["coverage"]["mean"]) for s in summaries), *undone]
+            row["covered/mae"] = [*(_figure(s["covered"]["voxels"]["mae"]) for s in summaries), *undone]
         if all("interval" in s for s in summaries):
             for kind in ("raw", "calibrated"):
-                row[f"interval/{kind}"] = [_figure(s["interval"][kind]) for s in summaries]
+                row[f"interval/{kind}"] = [*(_figure(s["interval"][kind]) for s in summaries), *undone]
         rows.append(row)
     columns: list[dict[str, Any]] = [
         {
@@ -127,8 +133,9 @@ def cost_table(study: Study) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
         if not records:
             continue
         row: dict[str, Any] = {"name": run.title or run.name}
-        row["minutes"] = [record["train_seconds"] / 60 for record in records.values()]
-        row["seconds"] = [record["test_seconds"] for record in records.values()]
+        undone = [None] * (len(study.seeds) - len(records))
+        row["minutes"] = [*(record["train_seconds"] / 60 for record in records.values()), *undone]
+        row["seconds"] = [*(record["test_seconds"] for record in records.values()), *undone]
         models = [model for seed in records if (model := study.model(run.name, seed)).exists()]
         if models:
             row["parameters"] = deployed_parameters(models[0]) / 1e6
@@ -194,6 +201,13 @@ def config_versions(study: Study) -> list[str]:
     ]
 
 
+def outdated_rows(study: Study, names: Collection[str] | None = None) -> list[str]:
+    """A sentence that names the runs, of ``names`` or all, that were done as the description no longer says."""
+    runs = [run for run in study.runs.values() if names is None or run.name in names]
+    old = [f"{run.title or run.name}, seed {seed}" for run in runs for seed in study.seeds if study.outdated(run, seed)]
+    return [f"Made with other settings than now: {'; '.join(old)}."] if old else []
+
+
 def measured_targets(study: Study) -> list[str]:
     """Names of the targets that any run measured."""
     found: dict[str, None] = {}
@@ -211,7 +225,7 @@ def markdown(study: Study) -> str:
     if "note" in study.description:
         lines += [study.description["note"], ""]
     lines += [f"{machine()}; seeds {', '.join(map(str, study.seeds))}.", ""]
-    for sentence in config_versions(study):
+    for sentence in (*config_versions(study), *outdated_rows(study)):
         lines += [sentence, ""]
     columns, rows = segmentation_table(study)
     if rows:

@@ -156,12 +156,10 @@ def test_all_rows_take_the_same_steps() -> None:
         describe(recipes, "few.json", 50, 50)
 
 
-@pytest.mark.parametrize(("settings", "interval"), [({}, 6), ({"select": "best"}, None), ({"val_interval": 2}, 2)])
-def test_a_training_is_validated_once_unless_that_chooses_its_weights(
-    settings: dict[str, Any], interval: int | None
-) -> None:
+@pytest.mark.parametrize(("settings", "interval"), [({}, 6), ({"select": "best"}, 5), ({"val_interval": 2}, 2)])
+def test_a_training_is_validated_once_unless_that_chooses_its_weights(settings: dict[str, Any], interval: int) -> None:
     recipes = choose_recipes("ua_mt", read_recipes())
-    assert describe(recipes, "d.json", 6, 1, settings=settings)["set"].get("val_interval") == interval
+    assert describe(recipes, "d.json", 6, 1, settings=settings)["set"]["val_interval"] == interval
 
 
 def test_a_protocol_comes_last_and_gives_strong_views_to_those_that_ask_for_them() -> None:
@@ -259,10 +257,21 @@ def test_a_case_that_a_seed_has_no_figure_for_is_left_out_and_named(data: Path, 
     main(options(data, tmp_path / "out", *arguments, "--only-table"))
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
     for test in content["tests"]:
-        assert (test["cases"], test["left_out"]) == (2, ["patient q"])
+        assert (test["cases"], test["left_out"]) == (2, ["c"])
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "Left out against BCP" in text
-    assert "with every seed: patient q." in text
+    assert "with every seed: c." in text
+
+
+@pytest.mark.usefixtures("untracked", "calls")
+def test_a_patient_is_compared_by_the_cases_that_both_rows_have_a_figure_for(data: Path, tmp_path: Path) -> None:
+    main(options(data, tmp_path / "out"))
+    path = tmp_path / "out" / "bcp" / "seed0" / "test" / "metrics.csv"
+    path.write_text(path.read_text().replace("b_image,0.8,", "b_image,,"))
+    main(options(data, tmp_path / "out", "--only-table"))
+    (test,) = (t for t in json.loads((tmp_path / "out" / "compare.json").read_text())["tests"] if t["run"] == "bcp")
+    assert (test["cases"], test["left_out"]) == (3, ["b_image"])
+    assert test["difference"] == pytest.approx(((0.8 - 0.8) + (0.9 - 0.85) + (0.6 - 0.7)) / 3)
 
 
 @pytest.mark.usefixtures("untracked", "calls")
@@ -481,6 +490,29 @@ def test_a_key_of_any_config_may_be_set_and_an_argument_of_any_component() -> No
     )
 
 
+def test_settings_that_one_recipe_would_fail_with_are_refused() -> None:
+    """ASE-Net has an optimiser for each of its networks, and no argument of one in the place of theirs."""
+    settings = {"train#optimizer#nesterov": False}
+    check_settings(settings, describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1))
+    with pytest.raises(BadInput, match=r"'train#optimizer' has no 'nesterov' \(ase_net: "):
+        check_settings(settings, describe(choose_recipes("ase_net", read_recipes()), "d.json", 6, 1))
+
+
+def test_arguments_are_those_of_what_takes_the_place_of_a_component() -> None:
+    description = describe([], "d.json", 6, 1)
+    check_settings({"train#optimizer": {"_target_": "Novograd"}, "train#optimizer#grad_averaging": True}, description)
+    with pytest.raises(BadInput, match=r"none of the configs has it.*Novograd takes no 'nesterov'"):
+        check_settings({"train#optimizer": {"_target_": "Novograd"}, "train#optimizer#nesterov": True}, description)
+
+
+@pytest.mark.parametrize("key", ["mirror_axes", "scale", "strong", "dropout"])
+def test_settings_that_a_protocol_reads_nowhere_are_refused(key: str) -> None:
+    recipes = choose_recipes("ua_mt", read_recipes())
+    check_settings({key: 0}, describe(recipes, "d.json", 6, 1))
+    with pytest.raises(BadInput, match=f"--set {key}: the protocol decides that"):
+        check_settings({key: 0}, describe(recipes, "d.json", 6, 1, protocol="left_atrium"))
+
+
 @pytest.mark.usefixtures("untracked")
 def test_a_run_may_get_another_title(
     data: Path, calls: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -526,7 +558,10 @@ def test_a_plan_that_is_no_config_is_refused(data: Path, tmp_path: Path) -> None
         (["--upper-bound", "other_labels.json"], "its `validation` is not that of"),
         (["--set", "mirror_axis=[0]"], "--set mirror_axis: none of the configs has it.*mirror_axes"),
         (["--set", "train#method#decay#of=1"], "none of the configs has it"),
-        (["--set", "train#method#box=0.5"], "Supervised of the rows teacher, supervised takes no 'box'"),
+        (["--set", "train#method#box=0.5"], r"Supervised takes no 'box' \(teacher, supervised: train\.json\)"),
+        (["--set", "train#unlabeled_augmentation#rotation=0"], r"there is no 'train#unlabeled_augmentation' \(teacher"),
+        (["--set", "postprocessing#largest_component=true"], "there is no 'postprocessing'"),
+        (["--set", "validate#dataset#cache_rate=0"], r"Dataset takes no 'cache_rate' \(.*evaluate\.json"),
         (["--set", "seed=3"], "--set seed: it follows from --seeds"),
         (["--set", "train#trainer#max_epochs=3"], "it follows from --steps"),
         (["--width", "32"], "--width: it is for a plan that is made"),

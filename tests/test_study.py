@@ -162,6 +162,25 @@ def test_what_was_done_with_another_description_is_done_again_with_all_that_foll
     assert str(tmp_path) not in (tmp_path / "out" / "plan.json").read_text(), "a plan is packed with weights"
 
 
+def test_a_plan_is_made_anew_for_a_datalist_that_was_corrected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+    monkeypatch.setattr(module, "make_plan", lambda path: made.append(path) or {"spacing": [1, 1, len(made)]})
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text("{}")
+    study = Study({**DESCRIPTION, "plan": {"datalist": "datalist.json"}}, tmp_path, tmp_path / "out")
+    for _ in range(2):
+        study.write_plan()
+    assert made == [datalist]
+    datalist.write_text('{"training": []}')
+    study.write_plan()
+    assert json.loads((tmp_path / "out" / "plan.json").read_text()) == {"spacing": [1, 1, 2]}
+    # One that was made before plans knew of what they were made for stays: its runs may be done.
+    made_for = tmp_path / "out" / "plan_made_for.json"
+    made_for.write_text(json.dumps({k: v for k, v in json.loads(made_for.read_text()).items() if k != "digest"}))
+    study.write_plan()
+    assert len(made) == 2
+
+
 def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     killed = [True]
@@ -271,6 +290,21 @@ def test_tables(study: Study, calls: list[list[str]]) -> None:
     assert "supervised" in markdown(study)
 
 
+def test_tables_tell_seeds_that_are_missing_and_rows_of_other_settings(tmp_path: Path, calls: list[list[str]]) -> None:
+    description = json.loads(json.dumps(DESCRIPTION))
+    study = Study(description, tmp_path / "data", tmp_path / "out", [0, 1])
+    study.run_all()
+    assert "0.700 ± 0.000" in markdown(study)
+    assert "other settings" not in markdown(study)
+    (study.folder(study.runs["teacher"], 1) / "record.json").unlink()
+    text = markdown(study)
+    assert "0.700 (1 of 2)" in text
+    assert "1.000 (1 of 2)" in text
+    description["set"]["iterations_per_epoch"] = 6
+    later = Study(description, tmp_path / "data", tmp_path / "out", [0, 1])
+    assert "Made with other settings than now: supervised, seed 0." in markdown(later)
+
+
 @pytest.mark.parametrize("failed", [0, 1])
 def test_no_distance_is_the_best_beside_a_failure(failed: int, tmp_path: Path) -> None:
     study = Study({"runs": {name: {"bundle": "teacher", "epochs": 1} for name in "ab"}}, tmp_path, tmp_path)
@@ -315,7 +349,7 @@ def test_what_each_run_cost(tmp_path: Path) -> None:
     _, rows = cost_table(study)
     assert rows == [
         {"name": "a", "minutes": [1.0, 2.0], "seconds": [5.0, 5.0], "parameters": 0.01},
-        {"name": "b", "minutes": [2.0], "seconds": [5.0], "parameters": 0.01},
+        {"name": "b", "minutes": [2.0, None], "seconds": [5.0, None], "parameters": 0.01},
     ], "b trains nothing and deploys a's weights; c is not done"
     assert "### Cost" in markdown(study)
 
@@ -492,5 +526,5 @@ def test_a_regression_table_says_what_intervals_hold(study: Study, monkeypatch: 
     monkeypatch.setattr(study, "records", lambda run: [{"summary": {"targets": {"thickness": target}}}])
     columns, rows = regression_table(study, "thickness")
     assert [column["title"] for column in columns[-2:]] == ["in 90 %, raw", "in 90 %, calibrated"]
-    assert rows[0]["interval/raw"] == [0.7]
+    assert rows[0]["interval/raw"] == [0.7, None], "of the second seed nothing is known"
     assert math.isnan(rows[0]["interval/calibrated"][0])

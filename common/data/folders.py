@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..errors import BadInput
 from ..files import write_atomically
 from ..targets import check_targets
-from ..transforms.loading import image_loader
+from ..transforms.loading import LABEL_ROUNDING, image_loader
 from .datalist import CHANNEL, SECTIONS, case_name
 from .grids import dicom_patient
 from .inputs import find_cases
@@ -63,14 +63,15 @@ def patient_of(case: str, pattern: str | None = None) -> str:
 def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
     """Cases by name, with the file or the list of files, one a channel, of each.
 
-    Files are taken for channels when every one of them ends on ``_0000``, ``_0001`` and so on.
+    Files are taken for channels when every one of them ends on ``_0000``, ``_0001`` and so on. Where none ends on
+    ``_0000``, the numbers are the cases' own.
 
     Raises:
-        BadInput: two files have one name, or the cases have different channels.
+        BadInput: two files have one name, or the cases have different channels, or such as don't count up from 0.
     """
     matches = [match for path in paths if (match := CHANNEL.match(case_name(path)))]
     cases: dict[str, Any] = {}
-    if not paths or len(matches) < len(paths):
+    if len(matches) < len(paths) or not any(int(match["channel"]) == 0 for match in matches):
         for path in paths:
             name = case_name(path)
             if name in cases:
@@ -89,6 +90,11 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
             raise BadInput(
                 f"case {case} has the channels {sorted(found)}, another one {sorted(first)}; expected the same of all."
             )
+    if [int(channel) for channel in sorted(first)] != list(range(len(first))):
+        raise BadInput(
+            f"{paths[0]} and others end on {', '.join(f'_{channel}' for channel in sorted(first)[:5])}: these are no "
+            "channels, which count up from _0000. If they are cases, give them names that don't end on four digits."
+        )
     files = {case: [path for _, path in sorted(found.items())] for case, found in channels.items()}
     return {case: found if len(found) > 1 else found[0] for case, found in files.items()}
 
@@ -134,9 +140,10 @@ def read_label_ids(paths: Sequence[str]) -> list[int]:
             values = np.unique(np.asarray(read(path)))
         except Exception as error:
             raise BadInput(f"{path} can't be read as a label map: {error}") from error
-        if not np.array_equal(values, np.round(values)) or values.min() < 0:
+        whole = np.round(values)
+        if not np.isfinite(values).all() or np.abs(values - whole).max() > LABEL_ROUNDING or whole.min() < 0:
             raise BadInput(f"{path} holds {values[:5].tolist()}; a label map has whole numbers from 0 on.")
-        ids.update(int(value) for value in values)
+        ids.update(int(value) for value in whole)
     return sorted(ids)
 
 

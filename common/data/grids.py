@@ -40,6 +40,7 @@ _SHEAR = 0.01  # cosine of the angle between two axes: 0.6 degrees change a volu
 _LEAN = 0.002  # mm a mm, or of a cosine: what rounding comes to; a gantry that is tilted by 0.5 degrees gives 0.009
 _ONE_PLACE = 0.001  # mm
 _VOXEL_SIZE_TOLERANCE = 0.01  # of a voxel's side: what headers round, or what rotating the axes costs
+_LENGTH_UNITS = {1: "metres", 3: "micrometres"}  # NIfTI's `xyzt_units`; 2 is mm, and 0 says nothing
 _DEFLATE = 1032  # the most that gzip shrinks anything (Deutsch, RFC 1951, 1996)
 
 PathOrPaths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -183,6 +184,13 @@ def _nifti_grid(path: str | os.PathLike) -> Grid:
     size, expected = os.path.getsize(path), int(image.dataobj.offset) + math.prod(shape) * kind.itemsize
     if size * (1 if str(path).lower().endswith(".nii") else _DEFLATE) < expected:
         raise BadInput(f"{path} is truncated: {size} bytes, its header promises {expected}", kind="truncated")
+    unit = _LENGTH_UNITS.get(int(image.header["xyzt_units"]) & 7) if "xyzt_units" in image.header else None
+    if unit is not None:
+        raise BadInput(
+            f"{path}: its header gives lengths in {unit}, expected mm; write its affine and voxel size in mm, with the "
+            "unit mm, or correct the unit if that is what is wrong",
+            kind="affine",
+        )
     affine = np.asarray(image.affine, dtype=float)
     _check_voxel_sizes(path, affine, image.header.get_zooms()[: len(shape[:3])])
     return Grid(shape[:3], math.prod(shape[3:]), affine)

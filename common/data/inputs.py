@@ -40,7 +40,8 @@ def find_cases(
             folder's name, which MONAI's command line takes for a number.
         channels: channels of an image. With more than one, files named ``<case>_0000.nii.gz``, ``<case>_0001.nii.gz``
             and so on, nnU-Net's raw layout, are the channels of one case.
-        output_dir: where results will go; must not be the folder that is searched. Nothing is searched for in it.
+        output_dir: where results will go; must not be the folder that is searched, nor that of an image. Nothing is
+            searched for in it.
         key: what the user calls ``source``, for messages.
 
     Raises:
@@ -80,8 +81,22 @@ def find_cases(
                 "file there could be replaced. Choose another folder."
             )
         cases = _in_folder(path, channels, results, key)
+    if output_dir is not None and path.is_file():
+        _check_apart(cases, Path(os.path.expanduser(output_dir)).resolve())
     faults = [case for case in cases if "fault" in case]  # of which nothing is written, whatever they are called
     return [*with_names([case for case in cases if "fault" not in case]), *faults]
+
+
+def _check_apart(cases: list[dict[str, Any]], results: Path) -> None:
+    """Refuse to write beside the images: ``<case>.json`` and ``<case>_seg.nii.gz`` may lie there already."""
+    for case in cases:
+        image = case["image"]
+        for path in [image] if isinstance(image, (str, Path)) else image:
+            if Path(path).resolve().parent == results:
+                raise BadInput(
+                    f"output_dir: {results} is the folder of {path}. A label, or a description of the scan, that lies "
+                    "beside it could be replaced. Choose another folder."
+                )
 
 
 def _in_folder(folder: Path, channels: int, results: Path | None, key: str) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ __all__ = [
 
 # What nibabel and ITK say of a file that is shorter than its header promises.
 _CUT_SHORT = ("ended before the end-of-stream marker", " bytes, got ", "fread got only", " bytes but received ")
-_ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
+LABEL_ROUNDING = 1e-3  # labels stored with a scale factor come back a little off their ids
 _LARGEST = 1e14  # intensity whose squares, a billion of them, have a sum in float32
 
 
@@ -218,7 +218,7 @@ def check_label(
     array = value.as_tensor().numpy()
     rounded = np.round(array)
     finite = bool(np.isfinite(array).all())
-    if not finite or np.abs(array - rounded).max(initial=0) > _ROUNDING:
+    if not finite or np.abs(array - rounded).max(initial=0) > LABEL_ROUNDING:
         raise BadInput(
             f"label {_path(path)} holds values that are not whole numbers; expected label ids",
             kind="labels" if finite else "nan",
@@ -287,8 +287,18 @@ class LoadReferencesd(MapTransform):
         """Load what ``data`` names; see the class."""
         case = dict(data)
         for key in self.key_iterator(data):
-            case["reference" if key == "label" else f"reference_{key}"] = _read(self.load, key, data[key])
+            value = _read(self.load, key, data[key])
+            if key == "label":
+                case["reference"] = _whole_numbers(value)
+            else:
+                case[f"reference_{key}"] = value
         return case
+
+
+def _whole_numbers(value: MetaTensor) -> MetaTensor:
+    """Label ids as they are meant, where a program has scaled them to floats and back, as :func:`check_label` does."""
+    rounded = cast(MetaTensor, value.round())
+    return rounded if float((value - rounded).abs().max()) <= LABEL_ROUNDING else value
 
 
 def case_loader() -> LoadImage:

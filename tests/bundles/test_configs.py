@@ -13,6 +13,7 @@ import torch
 from bundle_runs import BUNDLES, ROOT, Chain, config
 from monai.bundle import ConfigParser, ckpt_export, verify_metadata, verify_net_in_out
 
+from common.packing.configs import merge_configs
 from common.transforms import GeometricThicknessd
 
 OVERRIDES = (
@@ -153,6 +154,16 @@ def test_ablations_make_a_network(path: Path, plan: Path) -> None:
         assert parser.get_parsed_content("train#method#num_classes") == classes
         split = parser.get_parsed_content("validate#postprocessing")({"pred": output[0]})
         assert split["thickness_pred"].shape == (1, 16, 16, 16)
+
+
+def test_a_packed_network_that_only_measures_predicts_without_classes(plan: Path, tmp_path: Path) -> None:
+    configs = ROOT / "bundles/dual_decoder/configs"
+    parser = ConfigParser(merge_configs(configs, [plan, configs / "ablations/regression_only.json"])["inference.json"])
+    parser.update({"output_dir": str(tmp_path), "input": str(tmp_path), "entropy_from": None})
+    split = parser.get_parsed_content("postprocessing").transforms[0]
+    output = parser.get_parsed_content("network_def").eval()(torch.zeros(1, 1, 16, 16, 16))
+    assert set(split({"pred": output[0]})) >= {"thickness_pred"}
+    assert parser.get_parsed_content("inferer").classes == 0
 
 
 def test_geometric_row_measures_the_target_that_has_a_cavity(plan: Path) -> None:

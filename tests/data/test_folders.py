@@ -148,6 +148,10 @@ def test_names_that_are_ambiguous() -> None:
         group_channels(["x/a.nii.gz", "x/a.mha"])
     with pytest.raises(BadInput, match="channels"):
         group_channels(["a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz"])
+    with pytest.raises(BadInput, match="_0000, _0001, _0004: these are no channels"):
+        group_channels([f"amos_000{number}.nii.gz" for number in (0, 1, 4)])
+    numbered = ["amos_0001.nii.gz", "amos_0004.nii.gz", "btcv_0001.nii.gz"]
+    assert list(group_channels(numbered).values()) == numbered, "no channel 0: the numbers are the cases'"
     assert group_channels(["a_0000.nii.gz", "b.nii.gz"]) == {"a_0000": "a_0000.nii.gz", "b": "b.nii.gz"}
 
 

@@ -44,6 +44,8 @@ def change_header(path: Path, **values) -> str:
         ({"dim": [5, 6, 5, 4, 1, 1, 1, 1]}, "has the shape (6, 5, 4, 1, 1)"),
         ({"dim": [3, 6, 0, 4, 1, 1, 1, 1]}, "has the shape (6, 0, 4)"),
         ({"datatype": 32, "dim": [3, 2, 2, 2, 1, 1, 1, 1]}, "colours or complex numbers"),
+        ({"xyzt_units": 3}, "lengths in micrometres, expected mm"),
+        ({"xyzt_units": 1 + 8}, "lengths in metres, expected mm"),
         ({"pixdim": [1, 1, 1, 5, 1, 1, 1, 1]}, "two voxel sizes, 1 x 1 x 1 mm (its affine) and 1 x 1 x 5 mm (pixdim)"),
         ({"srow_x": [1, 0, 0, np.inf]}, "places it at"),
         ({"srow_x": [np.nan, 0, 0, 0]}, "places it at"),

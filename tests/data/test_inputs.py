@@ -197,6 +197,13 @@ def test_results_do_not_go_among_the_inputs(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"output_dir: .*scans is the input's own folder"):
         find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/../scans")
     assert len(find_cases(tmp_path / "scans", output_dir=tmp_path / "scans/results")) == 2
+    # Beside a single image, or those of a datalist, lie labels and descriptions of scans as well.
+    datalist = tmp_path / "datalist.json"
+    datalist.write_text(json.dumps({"testing": [{"image": "scans/a.nii.gz"}]}))
+    for source in (tmp_path / "scans/a.nii.gz", datalist):
+        with pytest.raises(BadInput, match=r"output_dir: .*scans is the folder of .*a\.nii\.gz"):
+            find_cases(source, output_dir=tmp_path / "scans")
+        assert len(find_cases(source, output_dir=tmp_path)) == 1
 
 
 def test_names_that_the_command_line_takes_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

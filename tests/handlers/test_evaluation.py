@@ -19,6 +19,7 @@ from monai.inferers import SimpleInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, LoadImaged
 
 from common.data import load_section
+from common.data.folders import read_label_ids
 from common.errors import BadInput
 from common.handlers.evaluation import CaseJsonWriter, EvaluationWriter, write_atomically
 from common.handlers.pictures import StagePicture
@@ -113,6 +114,21 @@ def test_cases_whose_files_have_one_name_have_a_row_each(tmp_path: Path) -> None
         "p2_image",
         "p2_image",
     ]
+
+
+def test_ids_of_a_label_that_was_scaled_to_whole_numbers_and_back_are_what_they_were(tmp_path: Path) -> None:
+    """As loading for training has it: nibabel stores floats under an int16 header with a scale factor."""
+    label = np.zeros((4, 4, 4), dtype=np.float32)
+    label[0], label[1] = 1, 3
+    header = nibabel.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(label, np.eye(4), header), tmp_path / "label.nii")
+    assert not np.array_equal(np.unique(nibabel.load(tmp_path / "label.nii").get_fdata()), [0, 1, 3])
+    reference = LoadReferencesd()({"label": str(tmp_path / "label.nii")})["reference"]
+    assert reference.unique().tolist() == [0, 1, 3]
+    assert read_label_ids([str(tmp_path / "label.nii")]) == [0, 1, 3]
+    nibabel.save(nibabel.Nifti1Image(label / 2, np.eye(4)), tmp_path / "half.nii")
+    assert 0.5 in LoadReferencesd()({"label": str(tmp_path / "half.nii")})["reference"], "these are no ids"
 
 
 def test_summary_has_mean_spread_and_count_and_pooled_regression(tmp_path: Path) -> None:

@@ -221,7 +221,8 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
     kinds: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, run in description["runs"].items():
         kinds.setdefault((run["bundle"], tuple(run["overlays"])), []).append(name)
-    known, keys, read, problems = set(plan), set(plan), set(plan), {}
+    known, keys, read = set(plan), set(plan), set(plan)
+    problems: dict[str, str] = {}
     for (bundle, overlays), rows in kinds.items():
         for files in (("train.json",), ("train.json", "evaluate.json")):
             configs = ROOT / "bundles" / bundle / "configs"

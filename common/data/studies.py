@@ -6,6 +6,8 @@ MONAI Label keeps the images in one folder, ``<folder>/<case>.nii.gz``, and the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 
 from ..errors import BadInput
 from ..files import write_nifti
+from ..provenance import file_digest
 from ..targets import is_dense, structure_ids
 from ..transforms.loading import image_loader
 from .caching import CachedDataset
@@ -113,7 +116,7 @@ def with_maps(
     Args:
         entries: labelled entries.
         targets: descriptions of the regression targets.
-        output_dir: measured maps are kept in its folder ``measured`` until the label changes.
+        output_dir: measured maps are kept in its folder ``measured``, by what the label holds and how it is measured.
 
     Raises:
         BadInput: a label can't be read, or a map can't be written.
@@ -130,14 +133,18 @@ def with_maps(
             if case_name(entry["label"]) in given:
                 maps[name] = given[case_name(entry["label"])]
             elif target.get("inner") and len(structure_ids(target)) == 1:
-                path = Path(output_dir) / "measured" / name / f"{case_name(entry['label'])}.nii.gz"
-                maps[name] = _measured(target, Path(entry["label"]), path)
+                maps[name] = _measured(target, Path(entry["label"]), Path(output_dir) / "measured" / name)
         completed.append({**entry, **maps})
     return completed
 
 
-def _measured(target: Mapping[str, Any], label_path: Path, path: Path) -> str:
-    if not path.exists() or path.stat().st_mtime <= label_path.stat().st_mtime:
+def _measured(target: Mapping[str, Any], label_path: Path, folder: Path) -> str:
+    settings = {key: target[key] for key in ("slicewise", "axis", "smallest_cavity") if key in target}
+    how = json.dumps([structure_ids(target), list(target["inner"]), settings], sort_keys=True)
+    # Of these voxels, measured in this way: other people's labels of the case may be measured into the same folder.
+    digest = hashlib.sha256((file_digest(label_path) + how).encode()).hexdigest()[:16]
+    path = folder / f"{case_name(str(label_path))}_{digest}.nii.gz"
+    if not path.exists():
         try:
             label = image_loader(ensure_channel_first=True)(label_path)
         except Exception as error:
@@ -145,7 +152,6 @@ def _measured(target: Mapping[str, Any], label_path: Path, path: Path) -> str:
         ids = np.rint(label[0].numpy()).astype(np.int64)
         affine = np.asarray(label.affine, dtype=float)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)[: ids.ndim]
-        settings = {key: target[key] for key in ("slicewise", "axis", "smallest_cavity") if key in target}
         thickness = wall_thickness(ids, spacing, structure_ids(target)[0], target["inner"], **settings)
         write_nifti(path, nib.Nifti1Image(thickness, affine))
     return str(path)

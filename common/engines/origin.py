@@ -18,6 +18,7 @@ from ..networks import hand_over, load_frozen, read_record
 from .configuration import running_config
 
 __all__ = [
+    "check_origin",
     "differences",
     "load_teacher",
     "load_weights",
@@ -89,9 +90,22 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) ->
     ]
 
 
-def _check_origin(model_path: str | Path, source: str, own: bool = False) -> None:
-    """Compare with what the weights were trained for; when this bundle trained them, network and targets as well."""
-    found = differences(read_record(model_path).get("config", {}), trained_settings(running_config()), own)
+def check_origin(
+    model_path: str | Path, source: str, own: bool = False, config: Mapping[str, Any] | None = None
+) -> None:
+    """Compare with what the weights were trained for.
+
+    Args:
+        model_path: the weights.
+        source: what they are, for the error.
+        own: whether this bundle has trained them, so that network and targets must be the same as well.
+        config: the merged config that they are to be used with; None for the running one.
+
+    Raises:
+        BadInput: they were trained with other settings.
+    """
+    now = trained_settings(running_config() if config is None else config)
+    found = differences(read_record(model_path).get("config", {}), now, own)
     if found:
         raise BadInput(
             f"{source} {model_path}: they were trained with other settings than those they are to be used with:\n  "
@@ -108,7 +122,7 @@ def load_weights(network: nn.Module, model_path: str | Path) -> None:
     Raises:
         BadInput: they don't fit the network, or were trained with other settings than the running config's.
     """
-    _check_origin(model_path, "trained weights", own=True)
+    check_origin(model_path, "trained weights", own=True)
     hand_over(network, model_path, source="trained weights")
 
 
@@ -141,7 +155,7 @@ def start_from(
                 "weights, or set locked to []."
             )
         return
-    _check_origin(model_path, source)
+    check_origin(model_path, source)
     hand_over(network, model_path, parts, source)
 
 
@@ -151,7 +165,7 @@ def load_teacher(network: nn.Module, model_path: str | Path, source: str = "teac
     Raises:
         BadInput: as :func:`start_from`.
     """
-    _check_origin(model_path, source)
+    check_origin(model_path, source)
     return load_frozen(network, model_path, source)
 
 

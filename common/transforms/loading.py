@@ -337,9 +337,15 @@ def _path(path: Any) -> str:
 def _own_rank(value: MetaTensor) -> MetaTensor:
     """Give a 2D image an affine of two axes: with the file's three, MONAI takes it for a volume here and there."""
     if value.ndim == 3 and value.affine.shape[-1] != 3:
-        affine = to_affine_nd(2, value.affine.cpu().numpy())
-        if abs(np.linalg.det(affine)) < 1e-6:  # a sagittal or coronal slice lies in neither of the first two axes
-            affine[:2, :2] = np.diag(np.linalg.norm(value.affine.cpu().numpy()[:3, :2], axis=0))
+        whole = value.affine.cpu().numpy()
+        affine = to_affine_nd(2, whole)
+        sides = np.linalg.norm(whole[:3, :2], axis=0)
+        if not np.allclose(np.linalg.norm(affine[:2, :2], axis=0), sides, rtol=1e-6):
+            # A tilted slice, of which the first two axes see a shadow: pixels have the sides that they have in space,
+            # and lie as is nearest to the shadow. A sagittal or coronal one's is a line, which says nothing.
+            left, lengths, right = np.linalg.svd(affine[:2, :2] / np.where(sides == 0, 1, sides))
+            turn = left @ right if lengths[1] > 1e-3 else np.eye(2)
+            affine[:2, :2] = turn * sides
         value.affine = torch.as_tensor(affine, dtype=torch.float64)
     return value
 

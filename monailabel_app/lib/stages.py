@@ -17,6 +17,7 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 
 from common.data.studies import readable
+from common.engines.origin import check_origin
 from common.errors import BadInput
 from common.files import write_nifti
 
@@ -54,12 +55,25 @@ class StageInference(BundleInferTask):
 
     def __init__(self, path: str, conf: Mapping[str, str], plan: str | None = None) -> None:
         self.plan = plan
-        super().__init__(path, conf)
+        self._checked: tuple[str, float] | None = None
+        super().__init__(path, conf, load_strict=True)
         # The metadata are those of the bundle's own plan, and name its measurements among the labels.
         self.labels = label_ids(path, plan)
 
     def _load_bundle_config(self, path: str, config: str) -> ConfigParser:
         return _merged(path, config, self.plan)
+
+    def _get_network(self, device: str, data: Mapping[str, Any] | None) -> Any:
+        """As MONAI Label has it, of weights that were trained with this plan: it loads whatever has the same shapes.
+
+        Raises:
+            BadInput: they were trained with another one.
+        """
+        path = self.get_path()
+        if path and self._checked != (path, Path(path).stat().st_mtime):
+            check_origin(path, "trained weights", own=True, config=self.bundle_config.get())
+            self._checked = path, Path(path).stat().st_mtime
+        return super()._get_network(device, data)
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
         """Write what is shown and, where that is to be saved, all targets' maps, to the request's ``map_folder``."""
@@ -103,7 +117,8 @@ class StageTraining(BundleTrainTask):
         return cases
 
     def _load_checkpoint(self, model_pytorch: str, pretrained: bool, train_handlers: list[dict[str, Any]]) -> None:
-        if pretrained:
+        if pretrained and Path(model_pytorch).exists():
+            check_origin(model_pytorch, "weights to go on from", own=True, config=self.bundle_config.get())
             super()._load_checkpoint(model_pytorch, pretrained, train_handlers)
 
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -114,10 +114,21 @@ def test_a_map_is_measured_again_when_its_label_changes(studies: Path, tmp_path:
     before = first.stat().st_mtime_ns
     assert with_maps(labeled, [THICKNESS], tmp_path)[0]["thickness"] == str(first)
     assert first.stat().st_mtime_ns == before
+    # However old: it may be another rater's, of the same case.
     save(Path(labeled[0]["label"]), shell(2))
-    os.utime(labeled[0]["label"], ns=(before + 10**9,) * 2)
-    with_maps(labeled, [THICKNESS], tmp_path)
-    assert np.asarray(nib.load(first).dataobj)[4, 5, 5] == pytest.approx(2.0)
+    os.utime(labeled[0]["label"], ns=(before - 10**9,) * 2)
+    second = Path(with_maps(labeled, [THICKNESS], tmp_path)[0]["thickness"])
+    assert np.asarray(nib.load(second).dataobj)[4, 5, 5] == pytest.approx(2.0)
+    assert np.asarray(nib.load(first).dataobj)[4, 5, 5] == pytest.approx(1.0)
+
+
+def test_a_map_is_measured_again_when_it_is_measured_in_another_way(studies: Path, tmp_path: Path) -> None:
+    labeled = entries(studies, "b")
+    ways = [THICKNESS, {**THICKNESS, "slicewise": True}, {**THICKNESS, "smallest_cavity": 100}]
+    maps = [np.asarray(nib.load(with_maps(labeled, [way], tmp_path)[0]["thickness"]).dataobj) for way in ways]
+    assert (maps[0] > 0).any()
+    assert not np.array_equal(maps[0], maps[1])
+    assert not (maps[2] > 0).any(), "no cavity is that large"
 
 
 def test_a_target_that_nothing_says_how_to_measure_gets_no_map(studies: Path, tmp_path: Path) -> None:

@@ -183,6 +183,22 @@ def test_an_image_that_cannot_be_read_is_named(trained: Server) -> None:
     assert (answer.status_code, "no image 'nobody'" in answer.json()["detail"]) == (404, True)
 
 
+def test_weights_of_another_plan_are_neither_used_nor_trained_on(
+    trained: Server, conf: dict[str, Any], studies: Path, bundles: Path, tmp_path: Path
+) -> None:
+    """They fit the network, and would segment voxels of another size."""
+    kept = digest(weights(bundles, "teacher"))
+    plan = {**json.loads(Path(conf["plan"]).read_text()), "spacing": [2.0, 2.0, 2.0]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with Server(APP, studies, tmp_path, {**conf, "plan": tmp_path / "plan.json"}) as other:
+        answer = other.infer("teacher", AWKWARD)
+        assert not answer.ok
+        assert "spacing: trained with [1.0, 1.0, 1.0], found [2.0, 2.0, 2.0]" in answer.text
+        task = other.train("teacher", max_epochs=1)
+        assert task["status"] == "ERROR", task
+    assert digest(weights(bundles, "teacher")) == kept
+
+
 def test_the_unfamiliar_image_comes_first(certain: Server, volumes: Volumes, studies: Path) -> None:
     scores = certain.score()
     without = {name for name in volumes.images if name not in volumes.labels}

@@ -129,6 +129,26 @@ def test_a_sheared_grid_is_refused_and_an_oblique_one_is_not(arrays, tmp_path):
         read_grid(tmp_path / "flat.nii")
 
 
+@pytest.mark.parametrize("angles", [(30, 0, 0), (0, 50, 0), (40, 35, 20), (85, 0, 0), (90, 0, 0), (0, 0, 25)])
+def test_a_tilted_slice_has_the_pixels_of_its_header(angles, tmp_path):
+    """Not their shadow on the plane of the first two axes, nor a shear: as in a short axis of the heart."""
+    turns = []
+    for axis, angle in enumerate(np.radians(angles)):
+        turn = np.eye(3)
+        first, second = (axis + 1) % 3, (axis + 2) % 3
+        turn[first, first] = turn[second, second] = np.cos(angle)
+        turn[second, first], turn[first, second] = np.sin(angle), -np.sin(angle)
+        turns.append(turn)
+    affine = np.eye(4)
+    affine[:3, :3] = turns[2] @ turns[1] @ turns[0] @ np.diag([1.5, 0.75, 8.0])
+    path = tmp_path / "slice.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 5), np.float32), affine), path)
+    loaded = LoadCased(("image",))({"image": str(path)})["image"]
+    assert loaded.affine.shape == (3, 3)
+    assert np.linalg.norm(loaded.affine[:2, :2], axis=0) == pytest.approx([1.5, 0.75], rel=1e-5)
+    assert float(loaded.affine[:2, 0] @ loaded.affine[:2, 1]) == pytest.approx(0, abs=1e-5)
+
+
 def test_absent_truncated_and_damaged_files(load, case, tmp_path):
     with pytest.raises(BadInput, match=r"none\.nii\.gz does not exist"):
         load({"image": str(tmp_path / "none.nii.gz")})

@@ -214,6 +214,7 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
             something that some rows' configs lack, or an argument that some rows' component does not take; or one that
             follows from an option.
     """
+    settings = {key.removeprefix("+"): value for key, value in settings.items()}  # MONAI's mark for a replacement
     for key in settings:
         if key in _OF_OPTIONS:
             raise BadInput(f"--set {key}: it follows from {_OF_OPTIONS[key]}. Give that instead.")
@@ -234,14 +235,20 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
             keys.update(key for key in parser.get() if not key.startswith("_"))
             # What is referred to; or what the bundle has and never refers to, since its code looks it up.
             read.update(key for key in settings if _refers(merged, key) or (key in its_own and not _refers(plain, key)))
+            where = f"({', '.join(rows)}: {' + '.join((*files, *overlays))})"
+            gone = _dangling(parser)
             for key, value in settings.items():
-                problem = _problem(parser, key.removeprefix("+"))
+                problem = _problem(parser, key)
                 if problem is not None:
-                    problems.setdefault(key, f"{problem} ({', '.join(rows)}: {' + '.join((*files, *overlays))})")
+                    problems.setdefault(key, f"{problem} {where}")
                     continue
-                if key.removeprefix("+") in parser or "#" in key:
+                if key in parser or "#" in key:
                     known.add(key)
-                parser.update({key.removeprefix("+"): value})  # the next key may be about what this one replaces
+                parser.update({key: value})  # the next key may be about what this one replaces
+            for name in sorted(_dangling(parser) - gone):
+                cause = next((key for key in settings if name == key or name.startswith(f"{key}#")), None)
+                if cause is not None:
+                    problems.setdefault(cause, f"there is no {name!r} any more, which the config refers to {where}")
     for key in settings:
         if key not in known:
             close = get_close_matches(key, sorted(keys), 1)
@@ -261,6 +268,12 @@ def check_settings(settings: Mapping[str, Any], description: Mapping[str, Any]) 
 def _refers(config: str, key: str) -> bool:
     """Whether a config, as JSON, refers to a key of its own."""
     return re.search(rf"@{re.escape(key)}(?!\w)", config) is not None
+
+
+def _dangling(parser: ConfigParser) -> set[str]:
+    """What a config refers to and does not have."""
+    names = set(re.findall(r"@(\w[\w#]*)", json.dumps(parser.get(), default=str)))
+    return {name for name in names if name not in parser}
 
 
 def _problem(parser: ConfigParser, key: str) -> str | None:

@@ -498,6 +498,21 @@ def test_settings_that_one_recipe_would_fail_with_are_refused() -> None:
         check_settings(settings, describe(choose_recipes("ase_net", read_recipes()), "d.json", 6, 1))
 
 
+def test_the_mark_of_a_replacement_is_no_part_of_its_key() -> None:
+    description = describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1)
+    check_settings({"+mirror_axes": [0]}, description)
+    with pytest.raises(BadInput, match="--datalist"):
+        check_settings({"+datalist": "e.json"}, description)
+
+
+def test_a_component_whose_parts_a_recipe_refers_to_is_not_replaced() -> None:
+    """ASE-Net has two optimisers in the place of one, and its schedules name them."""
+    settings = {"train#optimizer": {"_target_": "torch.optim.AdamW", "params": "$@network.parameters()"}}
+    check_settings(settings, describe(choose_recipes("bcp", read_recipes()), "d.json", 6, 1))
+    with pytest.raises(BadInput, match=r"no 'train#optimizer#\w+' any more.*ase_net"):
+        check_settings(settings, describe(choose_recipes("bcp,ase_net", read_recipes()), "d.json", 6, 1))
+
+
 def test_arguments_are_those_of_what_takes_the_place_of_a_component() -> None:
     description = describe([], "d.json", 6, 1)
     check_settings({"train#optimizer": {"_target_": "Novograd"}, "train#optimizer#grad_averaging": True}, description)

@@ -70,14 +70,8 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
         BadInput: two files have one name, or the cases have different channels, or such as don't count up from 0.
     """
     matches = [match for path in paths if (match := CHANNEL.match(case_name(path)))]
-    cases: dict[str, Any] = {}
     if len(matches) < len(paths) or not any(int(match["channel"]) == 0 for match in matches):
-        for path in paths:
-            name = case_name(path)
-            if name in cases:
-                raise BadInput(f"{path} and {cases[name]} have the same name; one image a case is expected.")
-            cases[name] = path
-        return cases
+        return _one_a_case(paths)
     channels: dict[str, dict[str, str]] = defaultdict(dict)
     for path, match in zip(paths, matches, strict=True):
         found = channels[match["case"]]
@@ -97,6 +91,25 @@ def group_channels(paths: Sequence[str]) -> dict[str, str | list[str]]:
         )
     files = {case: [path for _, path in sorted(found.items())] for case, found in channels.items()}
     return {case: found if len(found) > 1 else found[0] for case, found in files.items()}
+
+
+def _one_a_case(paths: Sequence[str]) -> dict[str, Any]:
+    cases: dict[str, Any] = {}
+    for path in paths:
+        name = case_name(path)
+        if name in cases:
+            raise BadInput(f"{path} and {cases[name]} have the same name; one image a case is expected.")
+        cases[name] = path
+    return cases
+
+
+def _cases(paths: Sequence[str], labels: Path | None) -> dict[str, Any]:
+    """As :func:`group_channels`; numbers that the labels have, too, are the cases' own, also where they begin at 0."""
+    names = {case_name(path) for path in _images(labels, "label")} if labels else set()
+    numbered = [case_name(path) for path in paths if CHANNEL.match(case_name(path))]
+    if any(name + suffix in names for name in numbered for suffix in _LABEL_SUFFIXES):
+        return _one_a_case(paths)
+    return group_channels(paths)
 
 
 def _images(folder: Path, key: str) -> list[str]:
@@ -188,7 +201,7 @@ def make_datalist(
             test_images = [*group_channels(_images(images / "imagesTs", "images")).values()]
         labels = labels or (images / "labelsTr" if (images / "labelsTr").is_dir() else None)
         images = images / "imagesTr"
-    cases = group_channels(_images(images.resolve(), "images"))
+    cases = _cases(_images(images.resolve(), "images"), labels.resolve() if labels else None)
     label_of, unused = _by_name(labels.resolve(), cases, _LABEL_SUFFIXES, "label") if labels else ({}, [])
     target_of = {}
     for name, folder in (targets or {}).items():

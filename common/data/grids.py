@@ -26,6 +26,7 @@ __all__ = [
     "grid_difference",
     "is_nifti",
     "is_picture",
+    "plane_affine",
     "read_grid",
 ]
 
@@ -367,6 +368,25 @@ def _itk_header(itk: Any, name: str) -> Any:
     return header
 
 
+def plane_affine(affine: np.ndarray) -> np.ndarray:
+    """A 2D image's affine of two axes: with a file's three, MONAI takes it for a volume here and there.
+
+    Args:
+        affine: (4, 4), voxel index to RAS millimetres; one that is (3, 3) already is returned as it is.
+    """
+    if affine.shape == (3, 3):
+        return affine
+    flat = np.eye(3)
+    flat[:2, :2], flat[:2, 2] = affine[:2, :2], affine[:2, 3]
+    sides = np.linalg.norm(affine[:3, :2], axis=0)
+    if not np.allclose(np.linalg.norm(flat[:2, :2], axis=0), sides, rtol=1e-6):
+        # A tilted slice, of which the first two axes see a shadow: pixels have the sides that they have in space, and
+        # lie as is nearest to the shadow. A sagittal or coronal one's is a line, which says nothing.
+        left, lengths, right = np.linalg.svd(flat[:2, :2] / np.where(sides == 0, 1, sides))
+        flat[:2, :2] = (left @ right if lengths[1] > 1e-3 else np.eye(2)) * sides
+    return flat
+
+
 def grid_difference(one: Grid, other: Grid) -> str | None:
     """How two grids differ, as words for a message; None when they are the same to a tenth of a voxel."""
     if one.shape != other.shape:
@@ -374,9 +394,10 @@ def grid_difference(one: Grid, other: Grid) -> str | None:
     rank = len(one.shape)
     extent = np.asarray(one.shape, dtype=float) - 1
     corners = np.stack(np.meshgrid(*[(0.0, size) for size in extent], indexing="ij"), axis=-1).reshape(-1, rank)
-    placed = [corners @ affine[:rank, :rank].T + affine[:rank, -1] for affine in (one.affine, other.affine)]
+    affines = [plane_affine(grid.affine) if rank == 2 else grid.affine for grid in (one, other)]
+    placed = [corners @ affine[:rank, :rank].T + affine[:rank, -1] for affine in affines]
     apart = float(np.linalg.norm(placed[0] - placed[1], axis=1).max())
-    spacing = np.linalg.norm(one.affine[:rank, :rank], axis=0)
+    spacing = np.linalg.norm(affines[0][:rank, :rank], axis=0)
     if apart <= _GRID_TOLERANCE * float(spacing.min()):
         return None
     return f"their corners lie up to {apart:.3g} mm apart (origin, spacing or orientation differs)"

@@ -92,7 +92,9 @@ def _check_apart(cases: list[dict[str, Any]], results: Path) -> None:
     for case in cases:
         image = case["image"]
         for path in [image] if isinstance(image, (str, Path)) else image:
-            if Path(path).resolve().parent == results:
+            # Beside a link there may be a label as well as beside what it leads to.
+            folders = {Path(path).parent.resolve(), Path(path).resolve().parent}
+            if results in ({*folders, Path(path).resolve()} if os.path.isdir(path) else folders):
                 raise BadInput(
                     f"output_dir: {results} is the folder of {path}. A label, or a description of the scan, that lies "
                     "beside it could be replaced. Choose another folder."

@@ -76,8 +76,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], own: bool) ->
     if before:  # weights of before there was a choice
         pairs["orientation"] = before.get("orientation", "RAS"), now.get("orientation")
     if own:
-        pairs["targets"] = _targets(before.get("targets")), _targets(now.get("targets"))
         networks = before.get("network_def", {}), now.get("network_def", {})
+        if any("targets" in network for network in networks):  # a plan names targets for the other stages, too
+            pairs["targets"] = _targets(before.get("targets")), _targets(now.get("targets"))
         for name in set(networks[0]) & set(networks[1]) - {*DATA, *TRAINING_ONLY, "targets"}:
             pairs[f"network_def#{name}"] = networks[0][name], networks[1][name]
         if "network_def#_target_" in pairs:  # a packed bundle carries the package below `scripts`

@@ -12,11 +12,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 from monai.data import ITKReader, MetaTensor, NibabelReader
-from monai.data.utils import to_affine_nd
 from monai.transforms import LoadImage, MapTransform
 
 from ..data.datalist import case_name
-from ..data.grids import Grid, check_right_angles, describe_error, grid_difference, is_nifti, read_grid
+from ..data.grids import (
+    Grid,
+    check_right_angles,
+    describe_error,
+    grid_difference,
+    is_nifti,
+    plane_affine,
+    read_grid,
+)
 from ..errors import BadInput
 from ..targets import dense_names, is_dense
 
@@ -139,7 +146,8 @@ class LoadCased(MapTransform):
             raise BadInput(f"image {_path(image_path)} and {key} {_path(path)} are not on one grid: {difference}")
         value = convert(value, path)
         # The last digits of two headers differ; resampled by their own, the two would drift apart.
-        value.affine = torch.as_tensor(to_affine_nd(value.ndim - 1, grid.affine), dtype=torch.float64)
+        affine = plane_affine(grid.affine) if value.ndim == 3 else grid.affine
+        value.affine = torch.as_tensor(affine, dtype=torch.float64)
         return value
 
     def _target(self, target: Mapping[str, Any], case: Mapping[Hashable, Any], grid: Grid, image_path: Any) -> Any:
@@ -335,18 +343,8 @@ def _path(path: Any) -> str:
 
 
 def _own_rank(value: MetaTensor) -> MetaTensor:
-    """Give a 2D image an affine of two axes: with the file's three, MONAI takes it for a volume here and there."""
-    if value.ndim == 3 and value.affine.shape[-1] != 3:
-        whole = value.affine.cpu().numpy()
-        affine = to_affine_nd(2, whole)
-        sides = np.linalg.norm(whole[:3, :2], axis=0)
-        if not np.allclose(np.linalg.norm(affine[:2, :2], axis=0), sides, rtol=1e-6):
-            # A tilted slice, of which the first two axes see a shadow: pixels have the sides that they have in space,
-            # and lie as is nearest to the shadow. A sagittal or coronal one's is a line, which says nothing.
-            left, lengths, right = np.linalg.svd(affine[:2, :2] / np.where(sides == 0, 1, sides))
-            turn = left @ right if lengths[1] > 1e-3 else np.eye(2)
-            affine[:2, :2] = turn * sides
-        value.affine = torch.as_tensor(affine, dtype=torch.float64)
+    if value.ndim == 3:
+        value.affine = torch.as_tensor(plane_affine(value.affine.cpu().numpy()), dtype=torch.float64)
     return value
 
 

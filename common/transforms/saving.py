@@ -14,6 +14,7 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import MapTransform
 
 from ..data.datalist import case_name
+from ..data.grids import Grid, grid_difference, read_grid
 from ..files import write_nifti
 
 __all__ = ["SaveNiftid"]
@@ -45,7 +46,7 @@ class SaveNiftid(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write the map of ``data``, which is returned as it is."""
         found: MetaTensor = data[self.key]
-        affine = to_affine_nd(3, found.affine.cpu().numpy())
+        affine = _whole_affine(found)
         image = nibabel.Nifti1Image(found.as_tensor()[0].cpu().numpy().astype(self.dtype, copy=False), affine)
         # Some readers take the one, some the other.
         image.set_sform(affine, code="scanner")
@@ -53,3 +54,15 @@ class SaveNiftid(MapTransform):
         name = f"{case_name(found.meta)}_{self.postfix}.nii.gz"
         write_nifti(self.output_dir / name, image)
         return dict(data)
+
+
+def _whole_affine(found: MetaTensor) -> np.ndarray:
+    """The affine (4, 4) of a map; of a 2D one that of its image's file, which alone says how a slice is tilted."""
+    affine = found.affine.cpu().numpy()
+    source = found.meta.get("filename_or_obj")
+    if found.ndim == 3 and source and os.path.exists(source):
+        own = Grid(tuple(found.shape[1:]), 1, affine)
+        whole = read_grid(source)
+        if grid_difference(own, whole) is None:
+            return whole.affine
+    return to_affine_nd(3, affine)

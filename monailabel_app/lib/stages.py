@@ -11,6 +11,7 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 from monai.bundle import ConfigParser
+from monai.handlers import CheckpointLoader
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.tasks.infer.bundle import BundleInferTask
@@ -57,14 +58,15 @@ class StageInference(BundleInferTask):
         self.plan = plan
         self._checked: tuple[str, float] | None = None
         super().__init__(path, conf, load_strict=True)
+        self._config.pop("model_filename", None)  # other weights than those of the training would go unchecked
         # The metadata are those of the bundle's own plan, and name its measurements among the labels.
         self.labels = label_ids(path, plan)
 
     def _load_bundle_config(self, path: str, config: str) -> ConfigParser:
         return _merged(path, config, self.plan)
 
-    def _get_network(self, device: str, data: Mapping[str, Any] | None) -> Any:
-        """As MONAI Label has it, of weights that were trained with this plan: it loads whatever has the same shapes.
+    def check_weights(self) -> None:
+        """Check that the weights were trained with this plan: MONAI Label loads whatever has the same shapes.
 
         Raises:
             BadInput: they were trained with another one.
@@ -73,6 +75,9 @@ class StageInference(BundleInferTask):
         if path and self._checked != (path, Path(path).stat().st_mtime):
             check_origin(path, "trained weights", own=True, config=self.bundle_config.get())
             self._checked = path, Path(path).stat().st_mtime
+
+    def _get_network(self, device: str, data: Mapping[str, Any] | None) -> Any:
+        self.check_weights()
         return super()._get_network(device, data)
 
     def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
@@ -118,7 +123,12 @@ class StageTraining(BundleTrainTask):
 
     def _load_checkpoint(self, model_pytorch: str, pretrained: bool, train_handlers: list[dict[str, Any]]) -> None:
         if pretrained and Path(model_pytorch).exists():
-            check_origin(model_pytorch, "weights to go on from", own=True, config=self.bundle_config.get())
+            # Student and dual decoder begin with the weights of the stage before, and say so by a loader of their own.
+            if not any(handler.get("_target_") == CheckpointLoader.__name__ for handler in train_handlers):
+                try:
+                    check_origin(model_pytorch, "weights to go on from", own=True, config=self.bundle_config.get())
+                except BadInput as error:
+                    raise BadInput(f"{error} To begin anew, train with `pretrained` false.") from error
             super()._load_checkpoint(model_pytorch, pretrained, train_handlers)
 
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:

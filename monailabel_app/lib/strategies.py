@@ -19,7 +19,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.utils.others.generic import name_to_device
 from torch import Tensor
 
-from common.errors import find_bad_input
+from common.errors import BadInput, find_bad_input
 from common.metrics.uncertainty import disagreement, entropy
 
 if TYPE_CHECKING:
@@ -70,6 +70,12 @@ class UncertaintyScoring(ScoringMethod):
         if not self.app._server_mode:
             os.nice(10)  # whoever waits for a prediction comes first
         weights, device = self._weights(), name_to_device(request.get("device"))
+        try:
+            for stage in weights:
+                self.app._infers[stage].check_weights()
+        except BadInput as error:
+            logger.warning("no image is scored: %s", error)  # which is no fault of the images
+            return {"scored": 0}
         names = self.pending(datastore)
         found: dict[str, Any]
         for name in names:

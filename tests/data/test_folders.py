@@ -155,6 +155,14 @@ def test_names_that_are_ambiguous() -> None:
     assert group_channels(["a_0000.nii.gz", "b.nii.gz"]) == {"a_0000": "a_0000.nii.gz", "b": "b.nii.gz"}
 
 
+def test_cases_that_are_numbered_from_0_are_told_by_their_labels(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / "images" / f"patient_000{number}.nii.gz")
+        write(tmp_path / "labels" / f"patient_000{number}_seg.nii.gz")
+    content = make_datalist(tmp_path / "images", tmp_path / "labels", validation=0)
+    assert [Path(case["image"]).name for case in content["training"]] == [f"patient_000{n}.nii.gz" for n in range(3)]
+
+
 def test_bad_folders(folder: Path) -> None:
     other = write(folder / "other" / "stranger.nii.gz").parent
     with pytest.raises(BadInput, match="stranger"):

@@ -204,6 +204,16 @@ def test_results_do_not_go_among_the_inputs(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=r"output_dir: .*scans is the folder of .*a\.nii\.gz"):
             find_cases(source, output_dir=tmp_path / "scans")
         assert len(find_cases(source, output_dir=tmp_path)) == 1
+    # A link lies in a folder of its own.
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort/b.nii.gz").symlink_to(tmp_path / "scans/a.nii.gz")
+    for folder in ("cohort", "scans"):
+        with pytest.raises(BadInput, match=r"output_dir: .* is the folder of .*b\.nii\.gz"):
+            find_cases(tmp_path / "cohort/b.nii.gz", output_dir=tmp_path / folder)
+    dicom(tmp_path / "series/1.dcm")
+    datalist.write_text(json.dumps({"testing": [{"image": "series"}]}))
+    with pytest.raises(BadInput, match=r"output_dir: .*series is the folder of"):
+        find_cases(datalist, output_dir=tmp_path / "series")
 
 
 def test_names_that_the_command_line_takes_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

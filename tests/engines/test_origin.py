@@ -22,7 +22,13 @@ CONFIG = {
     "patch_size": [16, 16, 16],
     "targets": [TARGET],
     "select": "last",
-    "network_def": {"_target_": "common.networks.Net", "features": "@features", "window": 4, "dropout": 0.1},
+    "network_def": {
+        "_target_": "common.networks.Net",
+        "features": "@features",
+        "targets": "@targets",
+        "window": 4,
+        "dropout": 0.1,
+    },
     "learning_rate": 0.01,
 }
 
@@ -87,6 +93,12 @@ def test_other_settings_are_named_and_nothing_is_loaded(model, change: dict, mes
 )
 def test_what_does_not_change_the_meaning_of_the_weights(model, change: dict) -> None:
     load_weights(nn.Linear(1, 1), model({**CONFIG, **change}))
+
+
+def test_targets_are_nothing_to_a_network_that_does_not_measure(model) -> None:
+    """A plan lists them for all stages."""
+    segmenting = {**CONFIG, "network_def": {"_target_": "common.networks.Net", "features": [4, 8]}}
+    load_weights(nn.Linear(1, 1), model({**segmenting, "targets": []}, {**segmenting, "targets": [TARGET]}))
 
 
 def test_the_next_stage_may_have_another_network_and_targets_but_no_other_data(model) -> None:

@@ -196,6 +196,9 @@ def test_weights_of_another_plan_are_neither_used_nor_trained_on(
         assert "spacing: trained with [1.0, 1.0, 1.0], found [2.0, 2.0, 2.0]" in answer.text
         task = other.train("teacher", max_epochs=1)
         assert task["status"] == "ERROR", task
+        assert any("train with `pretrained` false" in line for line in task["details"]), task
+        assert {name for name, found in other.score().items() if "error" in found} <= {CORRUPT}
+        assert other.ask("POST", "/activelearning/random", json={})["id"]
     assert digest(weights(bundles, "teacher")) == kept
 
 

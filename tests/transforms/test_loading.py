@@ -9,9 +9,10 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from common.data.grids import read_grid
+from common.data.grids import grid_difference, read_grid
 from common.errors import BadInput, find_bad_input
 from common.transforms import LoadCased, preprocessing
+from common.transforms.saving import SaveNiftid
 
 LABELS = {"0": "background", "1": "lumen", "2": "wall"}
 TARGETS = [
@@ -147,6 +148,16 @@ def test_a_tilted_slice_has_the_pixels_of_its_header(angles, tmp_path):
     assert loaded.affine.shape == (3, 3)
     assert np.linalg.norm(loaded.affine[:2, :2], axis=0) == pytest.approx([1.5, 0.75], rel=1e-5)
     assert float(loaded.affine[:2, 0] @ loaded.affine[:2, 1]) == pytest.approx(0, abs=1e-5)
+    # A label of the same header fits, whether or not the image is loaded; so does what is written of a prediction.
+    label = tmp_path / "label.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.ones((6, 5), np.uint8), affine), label)
+    together = LoadCased(("image", "label"))({"image": str(path), "label": str(label)})
+    alone = LoadCased(("label",))({"image": str(path), "label": str(label)})["label"]
+    assert torch.equal(alone.affine, together["label"].affine)
+    SaveNiftid("image", tmp_path / "out", "seg", "uint8")({"image": together["image"]})
+    written = nibabel.load(tmp_path / "out" / "slice_seg.nii.gz")
+    np.testing.assert_allclose(written.affine, affine, atol=1e-5)
+    assert grid_difference(read_grid(path), read_grid(tmp_path / "out" / "slice_seg.nii.gz")) is None
 
 
 def test_absent_truncated_and_damaged_files(load, case, tmp_path):

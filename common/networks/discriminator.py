@@ -6,14 +6,14 @@ Network" (ASE-Net), IEEE TMI 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from monai.networks.blocks import ADN, Convolution
-from monai.networks.layers.factories import Conv
+from monai.networks.blocks import ADN
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .convolution import Conv2d, Conv3d, ConvolutionBlock
 from .dynamic_convolution import make_dynamic
 from .unet import PerAxis, full_precision, per_axis
 
@@ -70,7 +70,8 @@ class Discriminator(nn.Module):
 
         def stem(channels: int) -> nn.Module:
             padding = tuple(k // 2 for k in kernels[0])
-            return Conv[Conv.CONV, spatial_dims](channels, features[0], tuple(kernels[0]), tuple(steps[0]), padding)
+            convolution: Callable[..., nn.Module] = Conv3d if spatial_dims == 3 else Conv2d
+            return convolution(channels, features[0], tuple(kernels[0]), tuple(steps[0]), padding)
 
         shared: dict[str, Any] = {"act": ACTIVATION, "dropout": dropout or None, "dropout_dim": spatial_dims}
         self.map_stem = stem(num_classes)
@@ -78,7 +79,7 @@ class Discriminator(nn.Module):
         self.activation = ADN("AD", **shared)
         self.blocks = nn.Sequential(
             *(
-                Convolution(spatial_dims, before, after, stride, kernel, adn_ordering="NAD", norm=NORM, **shared)
+                ConvolutionBlock(spatial_dims, before, after, stride, kernel, adn_ordering="NAD", norm=NORM, **shared)
                 for before, after, stride, kernel in zip(
                     features[:-1], features[1:], steps[1:], kernels[1:], strict=True
                 )

@@ -17,6 +17,7 @@ from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .convolution import half_precision_fails, precision_of
 from .depthwise import DepthwiseConvolution
 from .unet import PerAxis, SegmentationNetwork, full_precision, initialise, per_axis
 from .vnet import CONVOLUTIONS, FEATURES, VNet
@@ -143,9 +144,11 @@ class DyBAC(nn.Module):
         """Each sample of ``x`` (B, C, *spatial) with its own ``kernels`` (B, C, 1, *size)."""
         traced = torch.jit.is_tracing()
         if not torch.jit.is_scripting() and not traced and x.device.type == "cpu" and torch.is_grad_enabled():
-            if torch.is_autocast_enabled("cpu"):
-                x, kernels = x.to(torch.get_autocast_dtype("cpu")), kernels.to(torch.get_autocast_dtype("cpu"))
-            return DepthwiseConvolution.apply(x, kernels.squeeze(2), self.stride)
+            precision, kernels = precision_of(x), kernels.squeeze(2)
+            if half_precision_fails(x, kernels.shape[2:], self.stride):
+                with torch.autocast("cpu", enabled=False):
+                    return DepthwiseConvolution.apply(x.float(), kernels.float(), self.stride).to(precision)
+            return DepthwiseConvolution.apply(x.to(precision), kernels.to(precision), self.stride)
         samples: list[Tensor] = []
         # Not in one convolution with the samples as groups: that would leave the order in memory.
         for sample, kernel in zip(x.split(1), kernels.unbind()):  # noqa: B905 (TorchScript)

@@ -13,11 +13,11 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
 
 from ..errors import BadInput
+from .convolution import ConvolutionBlock
 from .layout import NORM_NAME, ChannelsLast
 
 __all__ = ["Decoder", "Encoder", "SegmentationNetwork", "full_precision", "initialise", "per_axis"]
@@ -78,7 +78,7 @@ def _stage(
     """Convolution blocks in a row, the first of them strided."""
     return nn.Sequential(
         *(
-            Convolution(
+            ConvolutionBlock(
                 spatial_dims,
                 in_channels if index == 0 else out_channels,
                 out_channels,

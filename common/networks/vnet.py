@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from monai.networks.blocks import Convolution
 from monai.networks.layers.factories import Conv, Dropout
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import BadInput
+from .convolution import ConvolutionBlock
 from .layout import ChannelsLast
 from .unet import Encoder, full_precision
 
@@ -27,9 +27,9 @@ FEATURES = (16, 32, 64, 128, 256)
 CONVOLUTIONS = (1, 2, 3, 3, 3)
 
 
-def _block(spatial_dims: int, before: int, after: int, stride: int = 1, transposed: bool = False) -> Convolution:
+def _block(spatial_dims: int, before: int, after: int, stride: int = 1, transposed: bool = False) -> ConvolutionBlock:
     """Convolution, batch norm, ReLU: of 3 at stride 1, else of the stride's own size, so that windows don't overlap."""
-    return Convolution(
+    return ConvolutionBlock(
         spatial_dims,
         before,
         after,

@@ -14,8 +14,10 @@ from typing import Any
 import nibabel
 import numpy as np
 from ignite.engine import Engine, Events
+from torch import Tensor, nn
 
 from benchmarks import training
+from common.engines import SemiSupervisedTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = ("teacher", "student", "dual_decoder")
@@ -49,7 +51,7 @@ def run(files: list[str], settings: dict[str, Any], processes: int = 1) -> subpr
     command = [sys.executable, *torchrun, "-m", "monai.bundle", "run", "--config_file", str(files)]
     for key, value in settings.items():
         command += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
@@ -64,6 +66,23 @@ class Crash:
 
     def _fail(self) -> None:
         raise RuntimeError("power cut")
+
+
+class DoublePrecision:
+    """A handler that trains in float64, so that what two runs learn differs by what they do and not by rounding.
+
+    In float32 that decides now and then on which side of a leaky ReLU's bend a voxel lies, and its gradient is a
+    hundred times another's.
+    """
+
+    def attach(self, engine: SemiSupervisedTrainer) -> None:
+        for module in engine.method.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                module.double().register_forward_pre_hook(self._cast)
+
+    def _cast(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        floating = (isinstance(item, Tensor) and item.is_floating_point() for item in inputs)
+        return tuple(item.double() if cast else item for item, cast in zip(inputs, floating, strict=True))
 
 
 def write_organ_teachers(folder: Path, labels: dict[str, str], **settings: Any) -> dict[str, str]:

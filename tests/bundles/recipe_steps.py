@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from bundle_runs import DoublePrecision
 from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,11 @@ def train(name: str, folder: Path, plan: str, ranks: Sequence[int], **settings: 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     parser = configuration(name, folder, plan, "cpu")
-    handlers = [SameDraws(), *([parser.get_parsed_content("lock_in")] if "lock_in" in parser else [])]
+    handlers = [
+        DoublePrecision(),
+        SameDraws(),
+        *([parser.get_parsed_content("lock_in")] if "lock_in" in parser else []),
+    ]
     method, optimizer = parser.get_parsed_content("train#method"), parser.get_parsed_content("train#optimizer")
     for item in optimizer.values() if isinstance(optimizer, dict) else [optimizer]:
         for group in item.param_groups:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from common.networks import SegmentationNetwork
 from common.networks.convolution import Conv2d, Conv3d, ConvolutionBlock
 from common.networks.discriminator import Discriminator
-from common.networks.dynamic_convolution import DyBACNetwork
+from common.networks.dynamic_convolution import DyBAC, DyBACNetwork
 from common.networks.vnet import VNet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,13 +46,12 @@ def convolution(kernel: tuple[int, ...], stride: tuple[int, ...]) -> Conv2d | Co
     return made(4, 8, kernel, stride, tuple(k // 2 for k in kernel) if kernel[-1] % 2 else 0)  # type: ignore[arg-type]
 
 
-def learn(module: nn.Module, x: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
+def learn(module: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
     """Output, and the gradients of input and parameters for a gradient of the output."""
     module.zero_grad()
     x = x.clone().requires_grad_()
     output = module(x)
-    torch.manual_seed(1)
-    output.backward(torch.randn(output.shape).to(output.dtype) if upstream is None else upstream.to(output.dtype))
+    output.backward(upstream.to(output.dtype))
     assert x.grad is not None
     return [output.detach(), x.grad, *(p.grad.clone() for p in module.parameters() if p.grad is not None)]
 
@@ -75,6 +74,15 @@ def test_an_axis_shorter_than_the_kernel_is_convolved_in_float32(
     output = halved(x.bfloat16())
     expected = halved.float()(x.bfloat16().float())
     torch.testing.assert_close(output, expected.bfloat16(), atol=0, rtol=0)
+
+
+def test_dynamic_kernels_too() -> None:
+    torch.manual_seed(0)
+    block, x, kernels = DyBAC(3, 4, 8, 3, stride=2), torch.randn(2, 4, 4, 4, 1), torch.randn(2, 4, 1, 3, 3, 3)
+    exact = block._depthwise(x, kernels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = block._depthwise(x, kernels)
+    torch.testing.assert_close(found, exact.bfloat16(), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize(("kernel", "stride", "size"), LONG)
